@@ -1,0 +1,1 @@
+"""The contract, generated from proto/munet/v1 by `make proto`. Do not edit."""
