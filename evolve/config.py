@@ -1,0 +1,286 @@
+"""Settings of an experiment, from one TOML file. Torch-free; unknown keys are refused."""
+
+from __future__ import annotations
+
+import pathlib
+import tomllib
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import pydantic
+
+from evolve.errors import SettingsError
+from evolve.hyperparameters import Hyperparameters, Schedule
+from munet.names import check_task_name, similar_names
+
+UnitInterval = Annotated[float, pydantic.Field(ge=0, le=1)]
+PositiveInt = Annotated[int, pydantic.Field(ge=1)]
+
+
+class Settings(pydantic.BaseModel):
+    """Frozen; unknown keys are refused."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class RootSettings(Settings):
+    """The pretrained path that a system starts from.
+
+    Attributes:
+        source: `bundled`: a root that comes with munet; `timm`: pretrained weights by timm's name, downloaded by timm; `file`: a
+            local file, written by `munet-evolve pretrain` or a timm checkpoint (.safetensors, .pth, .bin).
+        model: timm's model name; needed for `timm` and for a timm checkpoint; for `bundled` the root's name.
+        file: the local file, relative to the experiment file.
+        blocks: keep only the first so many blocks; all by default.
+    """
+
+    source: Literal["bundled", "timm", "file"] = "bundled"
+    model: str | None = None
+    file: pathlib.Path | None = None
+    blocks: PositiveInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source == "timm" and not self.model:
+            raise ValueError("source 'timm' needs model, a name that timm knows, such as 'vit_tiny_patch16_224.augreg_in21k'")
+        if self.source == "file" and self.file is None:
+            raise ValueError("source 'file' needs file")
+        if self.source != "file" and self.file is not None:
+            raise ValueError(f"file is given, but source is {self.source!r}; use source = 'file'")
+        return self
+
+
+class DefaultSettings(Settings):
+    """Hyperparameters that children of the root start from; see evolve.hyperparameters for each."""
+
+    adapter_width: PositiveInt = 32
+    learning_rate: Annotated[float, pydantic.Field(gt=0)] = 0.01
+    schedule: Schedule = "cosine"
+    warmup_ratio: UnitInterval = 0.1
+    momentum: Annotated[float, pydantic.Field(ge=0, lt=1)] | Literal["none"] = 0.9
+    nesterov: bool = False
+    image_size: Annotated[int, pydantic.Field(ge=8, le=1024)] = 32
+    crop_area_min: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.05
+    crop_aspect_min: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.75
+    flip: bool = True
+    brightness: UnitInterval = 0.0
+    contrast: UnitInterval = 0.0
+    saturation: UnitInterval = 0.0
+    hue: Annotated[float, pydantic.Field(ge=0, le=0.5)] = 0.0
+
+    def hyperparameters(self, num_blocks: int) -> Hyperparameters:
+        """Returns them for a path of so many blocks."""
+        values = self.model_dump()
+        values["momentum"] = None if self.momentum == "none" else self.momentum
+        return Hyperparameters(num_blocks=num_blocks, **values)
+
+
+class SearchSettings(Settings):
+    """How the search goes; the defaults are the published ones.
+
+    Attributes:
+        rounds: rounds every task is brought to.
+        children_per_task: children trained per task and round, rounded up to whole generations.
+        generation_size: children sampled together.
+        mutation_rate: probability of each possible mutation.
+        auto_tune: whether every tunable hyperparameter mutates; otherwise, of these, only the number of blocks.
+        mutate_blocks: whether the number of blocks mutates.
+        scale_factor: below 1 costs paths that add parameters; 1 is off.
+        max_seeds: at most so many seeds; by default a quarter of `children_per_task`.
+    """
+
+    rounds: PositiveInt = 2
+    children_per_task: PositiveInt = 64
+    generation_size: PositiveInt = 8
+    mutation_rate: UnitInterval = 0.1
+    auto_tune: bool = False
+    mutate_blocks: bool = True
+    scale_factor: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    max_seeds: PositiveInt | None = None
+
+    @property
+    def num_generations(self) -> int:
+        """Generations per task and round."""
+        return -(-self.children_per_task // self.generation_size)
+
+    @property
+    def seed_limit(self) -> int:
+        """At most so many seeds, the root included."""
+        return self.max_seeds or max(1, self.children_per_task // 4)
+
+
+class TrainingSettings(Settings):
+    """How children train.
+
+    Attributes:
+        batch_size: images a batch.
+        intervals: validations per child.
+        batches_per_interval: at most so many batches between two validations.
+        validation_batches: at most so many batches of the validation split are looked at.
+        device: `auto` takes CUDA if there is one.
+        precision: `bf16` trains and validates under bfloat16 autocast; CUDA only.
+        threads: CPU threads a child trains with; part of the result.
+    """
+
+    batch_size: PositiveInt = 256
+    intervals: PositiveInt = 5
+    batches_per_interval: PositiveInt = 200
+    validation_batches: PositiveInt = 10
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
+    threads: PositiveInt = 2
+
+
+class TaskSettingsBase(Settings):
+    """What every task has.
+
+    Attributes:
+        name: see munet.names.
+        private: keeps other tasks from using this one's layers.
+    """
+
+    name: str
+    private: bool = False
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _allowed(cls, name: str) -> str:
+        return check_task_name(name)
+
+
+class FolderTask(TaskSettingsBase):
+    """Images in one folder per class, with or without train/, validation/ and test/ above the classes.
+
+    Attributes:
+        folder: relative to the experiment file.
+        limit_per_class: use at most so many training images of each class.
+    """
+
+    source: Literal["folder"]
+    folder: pathlib.Path
+    limit_per_class: PositiveInt | None = None
+
+
+class DigitsTask(TaskSettingsBase):
+    """1,797 real handwritten digits that come with scikit-learn, 8 x 8 pixels, split 40/20/40 at random by seed.
+
+    Attributes:
+        split_seed: of the split.
+        limit_per_class: use at most so many training images of each class.
+    """
+
+    source: Literal["digits"]
+    split_seed: int = 0
+    limit_per_class: PositiveInt | None = None
+
+
+class CharactersTask(TaskSettingsBase):
+    """Letters of one script rendered from the fonts that matplotlib ships, distorted; the same images for the same settings.
+
+    Attributes:
+        script: as Unicode names its characters, such as `GREEK`.
+        train_per_class: training images of each letter.
+        validation_per_class: validation images of each letter.
+        test_per_class: test images of each letter.
+        distortion: strength of rotation, shear, scale, shift, blur and noise; 0 is none.
+        render_seed: of the distortion.
+        max_classes: at most so many letters; all by default.
+    """
+
+    source: Literal["characters"]
+    script: str
+    train_per_class: PositiveInt = 40
+    validation_per_class: PositiveInt = 10
+    test_per_class: PositiveInt = 20
+    distortion: Annotated[float, pydantic.Field(ge=0, le=3)] = 1.0
+    render_seed: int = 0
+    max_classes: Annotated[int, pydantic.Field(ge=2)] | None = None
+
+
+TaskSettings = Annotated[FolderTask | DigitsTask | CharactersTask, pydantic.Field(discriminator="source")]
+
+
+class Experiment(Settings):
+    """Everything a run needs.
+
+    Attributes:
+        seed: of the search: sampling, batches, initial weights.
+        tasks: in the order in which they are evolved in each round.
+    """
+
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    root: RootSettings = RootSettings()
+    defaults: DefaultSettings = DefaultSettings()
+    search: SearchSettings = SearchSettings()
+    training: TrainingSettings = TrainingSettings()
+    tasks: Annotated[tuple[TaskSettings, ...], pydantic.Field(min_length=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"task names {twice} appear more than once; each task needs its own")
+        return self
+
+
+SettingsKind = TypeVar("SettingsKind", bound=Settings)
+
+
+def load_settings(file: pathlib.Path, kind: type[SettingsKind]) -> SettingsKind:
+    """Reads settings from a TOML file; relative paths in it are taken from the file's folder.
+
+    Args:
+        file: the TOML file.
+        kind: what to read, such as `Experiment`.
+
+    Raises:
+        SettingsError: the file is missing, no TOML, or a setting is unknown or impossible; every finding is named.
+    """
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"could not read {file} ({error.strerror})", "a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"found no TOML in {file} ({error})", "a TOML file", "mend that line") from error
+    try:
+        return kind.model_validate(_anchor(values, file.parent))
+    except pydantic.ValidationError as error:
+        findings = "".join(f"\n  {_finding(detail, kind)}" for detail in error.errors())
+        raise SettingsError(
+            f"found settings in {file} that cannot be used:{findings}", "the settings named above mended"
+        ) from None
+
+
+def _anchor(values: Any, folder: pathlib.Path) -> Any:
+    """Makes the relative paths of `file` and `folder` settings relative to the settings file's folder."""
+    if isinstance(values, dict):
+        return {
+            key: str(folder / value) if key in ("file", "folder") and isinstance(value, str) else _anchor(value, folder)
+            for key, value in values.items()
+        }
+    if isinstance(values, list):
+        return [_anchor(value, folder) for value in values]
+    return values
+
+
+def _finding(detail: Any, kind: type[Settings]) -> str:
+    where = ".".join(str(part) for part in detail["loc"]) or kind.__name__
+    if detail["type"] == "extra_forbidden":
+        similar = similar_names(str(detail["loc"][-1]), _known_keys(kind))
+        return f"{where}: unknown setting" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
+    message = detail["msg"].removeprefix("Value error, ")
+    found = detail.get("input")
+    shown = "" if isinstance(found, dict | list) else f" (found {found!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(kind: Any, seen: frozenset[Any] = frozenset()) -> set[str]:
+    """Returns the names of all settings anywhere below a kind."""
+    keys: set[str] = set()
+    for candidate in (kind, *get_args(kind)):
+        if isinstance(candidate, type) and issubclass(candidate, Settings) and candidate not in seen:
+            for name, field in candidate.model_fields.items():
+                keys |= {name} | _known_keys(field.annotation, seen | {candidate})
+        elif candidate is not kind:
+            keys |= _known_keys(candidate, seen)
+    return keys

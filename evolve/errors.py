@@ -1,0 +1,53 @@
+"""Every error of the offline half, as one tree.
+
+    EvolveError                 something a person can mend; the command line prints it and exits with status 2
+    ├── SettingsError           an experiment or recipe that cannot be run
+    ├── DataError               a task's images or labels cannot be used
+    ├── CheckpointError         a root cannot be loaded, or is of an architecture that is not supported
+    ├── SystemFolderError       a folder is no system, of a newer format, or cannot be written
+    │   └── DamagedError        a file of a system is missing or altered
+    ├── BusyError               another process is evolving the same task
+    └── ExportError             a path cannot be published
+
+Messages say what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class EvolveError(Exception):
+    """Something a person can mend. The message says what was found, what was expected and what to do."""
+
+    def __init__(self, found: str, expected: str, advice: str = "") -> None:
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        super().__init__(f"{found}; expected {expected}" + (f"; {advice}" if advice else ""))
+
+
+class SettingsError(EvolveError):
+    """An experiment or recipe that cannot be run."""
+
+
+class DataError(EvolveError):
+    """A task's images or labels cannot be used."""
+
+
+class CheckpointError(EvolveError):
+    """A root cannot be loaded, or is of an architecture that is not supported."""
+
+
+class SystemFolderError(EvolveError):
+    """A folder is no system, of a newer format, or cannot be written."""
+
+
+class DamagedError(SystemFolderError):
+    """A file of a system is missing or altered."""
+
+
+class BusyError(EvolveError):
+    """Another process is evolving the same task."""
+
+
+class ExportError(EvolveError):
+    """A path cannot be published."""

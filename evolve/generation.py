@@ -1,0 +1,187 @@
+"""What a trainer receives and answers: a generation of children planned together, and results by pack.
+
+All children of a generation train on the very same batches. A trainer answers in packs, children that it finished together, in any
+order of packs; the search never depends on how children were packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from evolve.hyperparameters import Hyperparameters
+from evolve.layer import Layer, LayerSpec, Position, Tensors
+from evolve.path import Path
+from munet.preprocessing import Pixels
+
+
+class Origin(enum.StrEnum):
+    """Where a child's layer comes from."""
+
+    SHARED = "shared"
+    """Frozen, used as it is."""
+    CLONED = "cloned"
+    """Frozen for everyone else, copied and trained."""
+    CONTINUED = "continued"
+    """The task's own, copied and trained on."""
+    NEW = "new"
+    """Freshly initialised and trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a child before training.
+
+    Attributes:
+        position: where it stands.
+        spec: kind and configuration.
+        origin: where it comes from.
+        source: the layer whose weights it starts from (or simply is, if shared); None if new.
+    """
+
+    position: Position
+    spec: LayerSpec
+    origin: Origin
+    source: Layer | None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training changes it."""
+        return self.origin is not Origin.SHARED
+
+
+@dataclasses.dataclass(frozen=True)
+class ChildPlan:
+    """A child before training.
+
+    Attributes:
+        index: its number within the generation, from 0.
+        parent_id: the path it was sampled from.
+        hyperparameters: all of them; those of data are the same for the whole generation.
+        layers: in order, from the patch embedding to the head.
+        mutations: what was changed from the parent, in words such as `learning_rate: 0.01 -> 0.02`, `adapter.1: insert`,
+            `block.2: clone`, in the order drawn.
+        seed: seeds the initial weights of its new layers, 0 to 2**63 - 1.
+    """
+
+    index: int
+    parent_id: str
+    hyperparameters: Hyperparameters
+    layers: tuple[LayerPlan, ...]
+    mutations: tuple[str, ...]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingLength:
+    """How long each child trains.
+
+    Attributes:
+        batch_size: images a batch.
+        intervals: how often a child is validated.
+        batches_per_interval: batches between two validations: min(ceil(training images / batch size), the setting's limit).
+        validation_batches: at most so many batches of the validation split are looked at; the same images each time.
+    """
+
+    batch_size: int
+    intervals: int
+    batches_per_interval: int
+    validation_batches: int
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of a child."""
+        return self.intervals * self.batches_per_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationPlan:
+    """A batch of children to train.
+
+    Attributes:
+        task: the active task.
+        round: counted from 0 over the life of the task.
+        index: number of the generation within the round, from 0.
+        data_seed: seeds the order of the images and all augmentation, 0 to 2**63 - 1.
+        length: how long each child trains.
+        children: what to train.
+    """
+
+    task: str
+    round: int
+    index: int
+    data_seed: int
+    length: TrainingLength
+    children: tuple[ChildPlan, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChildResult:
+    """What training a child gave.
+
+    Attributes:
+        index: the child's number within the generation.
+        interval_qualities: validation accuracy after each interval, 0 to 1.
+        best_interval: index of the interval whose weights were kept: the best, the earliest on ties.
+        trained: weights after that interval of every layer that was trainable, float32.
+        num_trained_images: images seen in training, counted with repetition.
+        flops: estimated floating point operations of training and validation (a multiply-add counts as two).
+        train_seconds: wall time spent training.
+        evaluate_seconds: wall time spent validating.
+    """
+
+    index: int
+    interval_qualities: tuple[float, ...]
+    best_interval: int
+    trained: Mapping[Position, Tensors]
+    num_trained_images: int
+    flops: float
+    train_seconds: float
+    evaluate_seconds: float
+
+    @property
+    def quality(self) -> float:
+        """Validation accuracy of the weights that were kept, 0 to 1."""
+        return self.interval_qualities[self.best_interval]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackResult:
+    """Results of children that were trained together."""
+
+    children: tuple[ChildResult, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What is measured once of a path that has become current.
+
+    Attributes:
+        test_accuracy: 0 to 1; None if the task has no test split.
+        images: a few of the first validation images as the path sees them, uint8 [images, size, size, 3].
+    """
+
+    test_accuracy: float | None
+    images: Pixels
+
+
+class Trainer(Protocol):
+    """Trains and measures the paths of one task.
+
+    The same plan gives the same results, bit by bit, on one device type with one number of threads, however the children are packed
+    and however often they are trained. A trainer never changes a stored layer.
+    """
+
+    def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
+        """Trains every child of a generation and yields each once, in packs, as they finish.
+
+        Raises:
+            ChildFailed: never; a child that diverges answers quality 0 for its intervals from then on.
+        """
+        ...
+
+    def examine(self, path: Path) -> Examples:
+        """Measures test accuracy, looking at the test split for this alone, and picks example images."""
+        ...

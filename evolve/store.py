@@ -1,0 +1,412 @@
+"""A system on disk: layers named by content, immutable paths, tasks as atomic pointers.
+
+    system.json             format, id of the system, id of the root path
+    layers/ab/ab….safetensors   one layer each; kind and configuration in the metadata
+    paths/<id>.json         one path each
+    tasks/<name>.json       a task: which path is current, and what the search must remember of it
+    examples/<hash>.npy     a few validation images of a task
+    journal/<task>-0001.jsonl   the record of one search, see evolve.journal
+    locks/                  held while a task is being evolved
+
+Layers, paths and examples never change once written; only a task's file is replaced, in one rename. A crash at any moment leaves files
+that nothing refers to, never a torn one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from evolve.errors import BusyError, DamagedError, SystemFolderError
+from evolve.hyperparameters import Hyperparameters
+from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
+from evolve.path import Path, PlacedLayer
+from evolve.position_embedding import resample
+from munet.files import write_atomically
+from munet.preprocessing import Pixels
+
+FORMAT = 1
+"""Version of the layout described above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRecord:
+    """What a system knows of a task.
+
+    Attributes:
+        name: see munet.names.
+        path_id: its current path.
+        parent_id: the current path's nearest ancestor that is current itself, or the root.
+        num_children: children ever drawn from the current path for this task.
+        rounds: rounds closed so far.
+        order: grows by one with every closed round of any task; the greatest is the newest.
+        private: whether other tasks are kept from using its layers.
+        labels: class names in the order of the logits.
+        quality: validation accuracy of the current path, 0 to 1.
+        test_accuracy: 0 to 1, measured once at closing; None without a test split.
+        examples: name of the file in examples/ with a few validation images.
+        data_fingerprint: hash of the task's images, labels and splits.
+        settings: the resolved settings of the run that closed it last.
+    """
+
+    name: str
+    path_id: str
+    parent_id: str
+    num_children: int
+    rounds: int
+    order: int
+    private: bool
+    labels: tuple[str, ...]
+    quality: float
+    test_accuracy: float | None
+    examples: str
+    data_fingerprint: str
+    settings: Mapping[str, Any]
+
+
+class System:
+    """One system on disk. Safe for many readers; writers of different tasks do not disturb each other.
+
+    Methods that write raise SystemFolderError if the folder cannot be written or the disk is full; nothing is half-written then.
+    """
+
+    def __init__(self, folder: pathlib.Path, system_id: str, root: Path) -> None:
+        """Use `create` or `open`."""
+        self.folder = folder
+        self.id = system_id
+        self.root = root
+        self._layers: dict[str, Layer] = {}
+        self._position_embeddings: dict[int, Layer] = {}
+
+    @staticmethod
+    def exists(folder: pathlib.Path) -> bool:
+        """Tells whether a folder holds a system."""
+        return (folder / "system.json").exists()
+
+    @staticmethod
+    def create(folder: pathlib.Path, layers: Mapping[Position, tuple[LayerSpec, Tensors]], image_size: int) -> System:
+        """Starts a system from a pretrained root.
+
+        Args:
+            folder: made if missing; must hold no system.
+            layers: of the root by position, from the patch embedding to the final norm, the position embedding on its native grid.
+            image_size: what the root was pretrained on, in pixels.
+
+        Raises:
+            SystemFolderError: the folder holds a system already or cannot be written.
+            ValueError: the layers do not chain.
+        """
+        if System.exists(folder):
+            raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
+        system_id = secrets.token_hex(8)
+        blank = System(folder, system_id, root=None)  # type: ignore[arg-type]  # the root's layers are written through it first
+        placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
+        num_blocks = sum(position.kind is LayerKind.BLOCK for position in layers)
+        root = Path.of(
+            task=None,
+            layers=placed,
+            hyperparameters=Hyperparameters(num_blocks=num_blocks, image_size=image_size),
+            parent_id=None,
+            quality=None,
+        )
+        blank.put_path(root)
+        document = {"format": FORMAT, "id": system_id, "root": root.id}
+        blank._write(folder / "system.json", _to_json(document))
+        return System.open(folder)
+
+    @staticmethod
+    def open(folder: pathlib.Path) -> System:
+        """Opens a system.
+
+        Raises:
+            SystemFolderError: no system there, or one of a newer format.
+            DamagedError: its root cannot be read.
+        """
+        if not System.exists(folder):
+            raise SystemFolderError(f"found no system in {folder}", "a folder with system.json", "`munet-evolve run` starts one")
+        document = _read_json(folder / "system.json")
+        found = document.get("format")
+        if found != FORMAT:
+            raise SystemFolderError(
+                f"found a system of format {found!r} in {folder}", f"format {FORMAT}", "use the version of munet that wrote it"
+            )
+        system = System(folder, document["id"], root=None)  # type: ignore[arg-type]  # set in the next line
+        system.root = system.path(document["root"])
+        return system
+
+    # Layers
+
+    def put_layer(self, spec: LayerSpec, tensors: Tensors) -> Layer:
+        """Writes a layer unless it is there, and returns it."""
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        layer = Layer.of(spec, contiguous)
+        target = self._layer_file(layer.id)
+        if not target.exists():
+            metadata = {"kind": spec.kind.value, "config": json.dumps(spec.config, sort_keys=True)}
+            self._write(target, safetensors.numpy.save(contiguous, metadata))
+        self._layers[layer.id] = layer
+        return layer
+
+    def layer(self, layer_id: str) -> Layer:
+        """Returns a stored layer without its weights.
+
+        Raises:
+            DamagedError: it is missing or cannot be read.
+        """
+        if layer_id not in self._layers:
+            spec, tensors = self._read_layer(layer_id)
+            self._layers[layer_id] = Layer(layer_id, spec, sum(int(tensor.size) for tensor in tensors.values()))
+        return self._layers[layer_id]
+
+    def tensors(self, layer_id: str) -> dict[str, Any]:
+        """Returns the weights of a stored layer.
+
+        Raises:
+            DamagedError: it is missing or cannot be read.
+        """
+        return self._read_layer(layer_id)[1]
+
+    def position_embedding(self, grid: int) -> Layer:
+        """Returns the root's position embedding for a square grid of so many patches a side, resampled from the native one.
+
+        It is the same layer for the whole system, frozen like the root's own.
+        """
+        if grid not in self._position_embeddings:
+            native = self.root.layer(POS_EMBED)
+            spec, tensors = resample(native.spec, self.tensors(native.id), grid)
+            self._position_embeddings[grid] = native if spec == native.spec else self.put_layer(spec, tensors)
+        return self._position_embeddings[grid]
+
+    # Paths
+
+    def put_path(self, path: Path) -> None:
+        """Writes a path unless it is there. Its layers must be stored already."""
+        target = self._path_file(path.id)
+        if not target.exists():
+            self._write(target, _to_json(path_to_dict(path)))
+
+    def path(self, path_id: str) -> Path:
+        """Returns a stored path.
+
+        Raises:
+            DamagedError: it or one of its layers is missing, altered or cannot be read.
+        """
+        document = _read_json(self._path_file(path_id))
+        try:
+            path = Path.of(
+                task=document["task"],
+                layers=[PlacedLayer(Position.parse(position), self.layer(layer)) for position, layer in document["layers"]],
+                hyperparameters=Hyperparameters.from_dict(document["hyperparameters"]),
+                parent_id=document["parent_id"],
+                quality=document["quality"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"found an unreadable path {path_id} ({error})", "what was written", "restore the file") from error
+        if path.id != path_id:
+            raise DamagedError(f"found path {path.id} in the file of path {path_id}", "what was written", "restore the file")
+        return path
+
+    # Tasks
+
+    def tasks(self) -> dict[str, TaskRecord]:
+        """Returns all tasks by name, in ascending order."""
+        files = sorted((self.folder / "tasks").glob("*.json"))
+        return {file.stem: self._read_task(file) for file in files}
+
+    def put_task(self, record: TaskRecord) -> None:
+        """Writes a task's record; the one moment at which a new path becomes current."""
+        self._write(self._task_file(record.name), _to_json(dataclasses.asdict(record)))
+
+    def remove_task(self, name: str) -> None:
+        """Forgets a task; its path and layers stay until they are collected.
+
+        Tasks whose parent was its path get its own parent.
+
+        Raises:
+            SystemFolderError: the system has no such task.
+        """
+        records = self.tasks()
+        if name not in records:
+            raise SystemFolderError(f"found no task {name!r} in {self.folder}", f"one of {sorted(records)}")
+        leaving = records.pop(name)
+        for record in records.values():
+            if record.parent_id == leaving.path_id:
+                self.put_task(dataclasses.replace(record, parent_id=leaving.parent_id))
+        self._task_file(name).unlink()
+
+    def put_examples(self, images: Pixels) -> str:
+        """Writes example images, uint8 [images, size, size, 3], and returns their name."""
+        buffer = io.BytesIO()
+        np.save(buffer, images)
+        name = f"{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.npy"
+        if not (self.folder / "examples" / name).exists():
+            self._write(self.folder / "examples" / name, buffer.getvalue())
+        return name
+
+    def examples(self, record: TaskRecord) -> Pixels:
+        """Returns a task's example images, uint8 [images, size, size, 3].
+
+        Raises:
+            DamagedError: they are missing or cannot be read.
+        """
+        file = self.folder / "examples" / record.examples
+        try:
+            return np.asarray(np.load(file, allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"found no readable {file} ({error})", "example images", "restore the file") from error
+
+    @contextlib.contextmanager
+    def evolving(self, task: str) -> Iterator[None]:
+        """Holds the lock of a task; its end, also by a crash, releases it.
+
+        Raises:
+            BusyError: another process holds it.
+        """
+        with self._locked(f"task-{task}", wait=False):
+            yield
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Holds the lock under which tasks' records are changed; waits for it."""
+        with self._locked("tasks", wait=True):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, *, wait: bool) -> Iterator[None]:
+        file = self.folder / "locks" / f"{name}.lock"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BusyError(
+                f"found {name.replace('-', ' ', 1)} of {self.folder} in use by another process", "none", "wait until it ends"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    # Verification
+
+    def verify(self) -> list[str]:
+        """Hashes every file again and follows every reference.
+
+        Returns:
+            One sentence for each thing that is wrong; empty if all is well.
+        """
+        findings: list[str] = []
+        for file in sorted((self.folder / "layers").glob("*/*.safetensors")):
+            findings += _findings(self._verify_layer, file.stem)
+        for file in sorted((self.folder / "paths").glob("*.json")):
+            findings += _findings(self.path, file.stem)
+        for file in sorted((self.folder / "tasks").glob("*.json")):
+            findings += _findings(self._verify_task, file)
+        return findings
+
+    def _verify_layer(self, layer_id: str) -> None:
+        spec, tensors = self._read_layer(layer_id)
+        found = Layer.of(spec, tensors).id
+        if found != layer_id:
+            raise DamagedError(f"found content {found} in layer {layer_id}", "what was written", "restore the file")
+
+    def _verify_task(self, file: pathlib.Path) -> None:
+        record = self._read_task(file)
+        path = self.path(record.path_id)
+        if path.task != record.name:
+            raise DamagedError(f"found path {path.id} of task {path.task!r} current for {record.name!r}", "one of its own")
+        self.path(record.parent_id)
+        images = self.examples(record)
+        found = hashlib.sha256((self.folder / "examples" / record.examples).read_bytes()).hexdigest()[:16]
+        if f"{found}.npy" != record.examples or images.dtype != np.uint8:
+            raise DamagedError(f"found altered example images {record.examples}", "what was written", "restore the file")
+
+    # Files
+
+    def _layer_file(self, layer_id: str) -> pathlib.Path:
+        return self.folder / "layers" / layer_id[:2] / f"{layer_id}.safetensors"
+
+    def _path_file(self, path_id: str) -> pathlib.Path:
+        return self.folder / "paths" / f"{path_id}.json"
+
+    def _task_file(self, name: str) -> pathlib.Path:
+        return self.folder / "tasks" / f"{name}.json"
+
+    def _read_layer(self, layer_id: str) -> tuple[LayerSpec, dict[str, Any]]:
+        file = self._layer_file(layer_id)
+        try:
+            with safetensors.safe_open(file, framework="numpy") as content:
+                metadata = content.metadata()
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # no mapping
+            spec = LayerSpec.of(LayerKind(metadata["kind"]), **json.loads(metadata["config"]))
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"found no readable layer {file} ({error})", "its weights", "restore the file") from error
+        return spec, tensors
+
+    def _read_task(self, file: pathlib.Path) -> TaskRecord:
+        document = _read_json(file)
+        try:
+            return TaskRecord(**{**document, "labels": tuple(document["labels"])})
+        except (KeyError, TypeError) as error:
+            raise DamagedError(f"found an unreadable task {file} ({error})", "what was written", "restore the file") from error
+
+    def _write(self, target: pathlib.Path, data: bytes) -> None:
+        try:
+            write_atomically(target, data)
+        except OSError as error:
+            raise _unwritable(target.parent, error) from error
+
+
+def path_to_dict(path: Path) -> dict[str, Any]:
+    """Returns a path as JSON values."""
+    return {
+        "task": path.task,
+        "layers": [[str(position), layer.id] for position, layer in path.layers],
+        "hyperparameters": path.hyperparameters.to_dict(),
+        "parent_id": path.parent_id,
+        "quality": path.quality,
+    }
+
+
+def _findings(check: Any, subject: Any) -> list[str]:
+    try:
+        check(subject)
+    except DamagedError as error:
+        return [str(error)]
+    return []
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> SystemFolderError:
+    reason = error.strerror or str(error)
+    return SystemFolderError(f"could not write in {folder} ({reason})", "a writable folder with free space")
+
+
+def _to_json(document: Any) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_json(file: pathlib.Path) -> Any:
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"found no readable {file} ({error})", "what was written", "restore the file") from error
+    if not isinstance(document, dict):
+        raise DamagedError(f"found {type(document).__name__} in {file}", "an object", "restore the file")
+    return document
