@@ -177,8 +177,7 @@ class Trainer(Protocol):
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """Trains every child of a generation and yields each once, in packs, as they finish.
 
-        Raises:
-            ChildFailed: never; a child that diverges answers quality 0 for its intervals from then on.
+        A child that diverges (a loss or weight that is not finite) fails nobody else: it answers quality 0 from that interval on.
         """
         ...
 

@@ -43,4 +43,5 @@ def _interpolate(values: npt.NDArray[np.float64], size: int, axis: int) -> npt.N
     shape = [1] * values.ndim
     shape[axis] = size
     share = (at - low).reshape(shape)
-    return np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
+    result: npt.NDArray[np.float64] = np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
+    return result

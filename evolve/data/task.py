@@ -1,0 +1,86 @@
+"""A task's data as the search and the trainer see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from munet.preprocessing import Pixels, resize
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images of one split, decoded, in their own sizes.
+
+    Attributes:
+        images: each [height, width, 3] uint8, RGB, as munet.preprocessing.decode gives it; sizes may differ.
+        labels: [images] int64, indices of classes.
+        names: where each image comes from, for messages.
+    """
+
+    images: Sequence[Pixels]
+    labels: npt.NDArray[np.int64]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @functools.cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Height and width of each image, [images, 2]."""
+        return np.array([image.shape[:2] for image in self.images], dtype=np.int64).reshape(-1, 2)
+
+    def resized(self, size: int, count: int | None = None) -> Pixels:
+        """Returns the images as a path sees them in evaluation: munet.preprocessing.resize, the one serving uses.
+
+        Args:
+            size: height and width, in pixels.
+            count: only the first so many; all by default.
+
+        Returns:
+            [images, size, size, 3] uint8.
+        """
+        chosen = self.images[: len(self.images) if count is None else count]
+        result: Any = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
+        for row, image in enumerate(chosen):
+            result[row] = resize(image, size)
+        return result
+
+    def digest(self) -> str:
+        """Returns a hash of all pixels and labels, hex."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for image in self.images:
+            digest.update(np.array(image.shape, dtype=np.int64).tobytes())
+            digest.update(np.ascontiguousarray(image).tobytes())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """All data of one task. The order of a split's images is fixed; validation and test images are in a shuffled, fixed order.
+
+    Attributes:
+        name: of the task.
+        labels: class names, as the data set declares them, in the order of the indices.
+        train: images to train on.
+        validation: images that quality is measured on.
+        test: images that are looked at once, when a path becomes current; None if there are none.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet | None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of class names, images, labels and splits: the same data give the same one. 32 hex digits."""
+        parts = [self.train.digest(), self.validation.digest(), self.test.digest() if self.test is not None else ""]
+        return hashlib.sha256("\n".join([*self.labels, "", *parts]).encode()).hexdigest()[:32]
