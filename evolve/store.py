@@ -76,6 +76,15 @@ class TaskRecord:
     data_fingerprint: str
     settings: Mapping[str, Any]
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> TaskRecord:
+        """Returns the record that `dataclasses.asdict` gave these JSON values.
+
+        Raises:
+            KeyError, TypeError: a field is missing or unknown.
+        """
+        return TaskRecord(**{**values, "labels": tuple(values["labels"])})
+
 
 class System:
     """One system on disk. Safe for many readers; writers of different tasks do not disturb each other.
@@ -83,11 +92,12 @@ class System:
     Methods that write raise SystemFolderError if the folder cannot be written or the disk is full; nothing is half-written then.
     """
 
-    def __init__(self, folder: pathlib.Path, system_id: str, root: Path) -> None:
+    def __init__(self, folder: pathlib.Path, system_id: str, root: Path, root_source: Mapping[str, Any]) -> None:
         """Use `create` or `open`."""
         self.folder = folder
         self.id = system_id
         self.root = root
+        self.root_source = root_source
         self._layers: dict[str, Layer] = {}
         self._position_embeddings: dict[int, Layer] = {}
 
@@ -97,13 +107,19 @@ class System:
         return (folder / "system.json").exists()
 
     @staticmethod
-    def create(folder: pathlib.Path, layers: Mapping[Position, tuple[LayerSpec, Tensors]], image_size: int) -> System:
+    def create(
+        folder: pathlib.Path,
+        layers: Mapping[Position, tuple[LayerSpec, Tensors]],
+        image_size: int,
+        root_source: Mapping[str, Any] | None = None,
+    ) -> System:
         """Starts a system from a pretrained root.
 
         Args:
             folder: made if missing; must hold no system.
             layers: of the root by position, from the patch embedding to the final norm, the position embedding on its native grid.
             image_size: what the root was pretrained on, in pixels.
+            root_source: where the root comes from, JSON values; kept to notice an experiment that asks for another root.
 
         Raises:
             SystemFolderError: the folder holds a system already or cannot be written.
@@ -112,7 +128,7 @@ class System:
         if System.exists(folder):
             raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
         system_id = secrets.token_hex(8)
-        blank = System(folder, system_id, root=None)  # type: ignore[arg-type]  # the root's layers are written through it first
+        blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
         placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
         num_blocks = sum(position.kind is LayerKind.BLOCK for position in layers)
         root = Path.of(
@@ -123,7 +139,7 @@ class System:
             quality=None,
         )
         blank.put_path(root)
-        document = {"format": FORMAT, "id": system_id, "root": root.id}
+        document = {"format": FORMAT, "id": system_id, "root": root.id, "root_source": dict(root_source or {})}
         blank._write(folder / "system.json", _to_json(document))
         return System.open(folder)
 
@@ -143,8 +159,12 @@ class System:
             raise SystemFolderError(
                 f"found a system of format {found!r} in {folder}", f"format {FORMAT}", "use the version of munet that wrote it"
             )
-        system = System(folder, document["id"], root=None)  # type: ignore[arg-type]  # set in the next line
-        system.root = system.path(document["root"])
+        try:
+            system_id, root_id, root_source = document["id"], document["root"], document["root_source"]
+        except KeyError as error:
+            raise DamagedError(f"found no {error} in {folder / 'system.json'}", "what was written", "restore the file") from error
+        system = System(folder, system_id, None, root_source)  # type: ignore[arg-type]  # the next line sets it
+        system.root = system.path(root_id)
         return system
 
     # Layers
@@ -231,7 +251,7 @@ class System:
         self._write(self._task_file(record.name), _to_json(dataclasses.asdict(record)))
 
     def remove_task(self, name: str) -> None:
-        """Forgets a task; its path and layers stay until they are collected.
+        """Forgets a task; its path and layers stay until they are collected. The caller holds `publishing`.
 
         Tasks whose parent was its path get its own parent.
 
@@ -241,11 +261,26 @@ class System:
         records = self.tasks()
         if name not in records:
             raise SystemFolderError(f"found no task {name!r} in {self.folder}", f"one of {sorted(records)}")
-        leaving = records.pop(name)
-        for record in records.values():
-            if record.parent_id == leaving.path_id:
-                self.put_task(dataclasses.replace(record, parent_id=leaving.parent_id))
-        self._task_file(name).unlink()
+        self.replace_parent(records[name].path_id, records[name].parent_id)
+        try:
+            self._set_journals_aside(name)
+            self._task_file(name).unlink()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def _set_journals_aside(self, name: str) -> None:
+        """Moves a task's journals to journal/removed/, so that a later task of that name starts afresh."""
+        removed = self.folder / "journal" / "removed"
+        for file in sorted((self.folder / "journal").glob(f"{name}-????.jsonl")):
+            removed.mkdir(exist_ok=True)
+            earlier = len(list(removed.glob(f"{file.stem}.*.jsonl")))
+            file.rename(removed / f"{file.stem}.{earlier + 1}.jsonl")
+
+    def replace_parent(self, old: str, new: str) -> None:
+        """Gives every task whose parent is the path `old` the parent `new`. The caller holds `publishing`."""
+        for record in self.tasks().values():
+            if record.parent_id == old:
+                self.put_task(dataclasses.replace(record, parent_id=new))
 
     def put_examples(self, images: Pixels) -> str:
         """Writes example images, uint8 [images, size, size, 3], and returns their name."""
@@ -363,7 +398,7 @@ class System:
     def _read_task(self, file: pathlib.Path) -> TaskRecord:
         document = _read_json(file)
         try:
-            return TaskRecord(**{**document, "labels": tuple(document["labels"])})
+            return TaskRecord.from_dict(document)
         except (KeyError, TypeError) as error:
             raise DamagedError(f"found an unreadable task {file} ({error})", "what was written", "restore the file") from error
 

@@ -1,0 +1,423 @@
+"""The search: one round of one task, generation by generation, and the rounds over all tasks.
+
+Source: muNet (arXiv 2205.10937), the search method. Where munet differs on purpose, docs/decisions says so.
+
+Everything that is decided follows from the journal's first record (settings, data, the snapshot of the system taken when the search
+opened) and from the results of training. So a search that was killed is simply run again: decisions repeat themselves, results that
+the journal has are not trained again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from evolve.closing import ActiveTask, publish_task
+from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
+from evolve.errors import DamagedError, DataError, SettingsError
+from evolve.generation import ChildPlan, ChildResult, GenerationPlan, Trainer, TrainingLength
+from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
+from evolve.journal import FORMAT, Journal, Record
+from evolve.layer import PATCH_EMBED, Layer, Position
+from evolve.mutation import select_tunables, step_hyperparameters
+from evolve.path import Path, PlacedLayer
+from evolve.population import Member, Population
+from evolve.sampling import Surroundings, derive_generator, derive_seed, sample_child
+from evolve.scoring import accounted_parameters, reference_parameters, score, sharing_counts
+from evolve.selection import choose_parent
+from evolve.snapshot import Snapshot
+from evolve.store import System, TaskRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchPlan:
+    """How to search: the parts of an experiment that shape every decision.
+
+    Attributes:
+        seed: of the whole search.
+        defaults: hyperparameters that children of the root start from.
+        search: see evolve.config.
+        training: see evolve.config.
+    """
+
+    seed: int
+    defaults: DefaultSettings
+    search: SearchSettings
+    training: TrainingSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all settings as JSON values."""
+        return {
+            "seed": self.seed,
+            "defaults": self.defaults.model_dump(mode="json"),
+            "search": self.search.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+        }
+
+
+class Observer(Protocol):
+    """Told what happens, for progress a person can follow. Methods return at once and never raise."""
+
+    def search_opened(self, task: str, round_number: int, seeds: Sequence[Path], num_children: int, reused: int) -> None:
+        """A search of `num_children` children opened; the results of `reused` of them are in the journal already."""
+
+    def generation_planned(self, plan: GenerationPlan) -> None:
+        """Children were sampled and go to the trainer."""
+
+    def child_finished(self, plan: ChildPlan, record: Record) -> None:
+        """A child was trained; `record` is what the journal says of it."""
+
+    def search_closed(self, task: str, path: Path, record: TaskRecord) -> None:
+        """A path became current."""
+
+
+def run_rounds(
+    system: System,
+    tasks: Sequence[tuple[ActiveTask, Callable[[], Trainer]]],
+    plan: SearchPlan,
+    observer: Observer,
+    on_closed: Callable[[str], None] = lambda _task: None,
+) -> None:
+    """Brings every task to the plan's number of rounds, in their order within each round.
+
+    Args:
+        system: the system; tasks in it that are not listed serve as seeds only.
+        tasks: each with a function that makes its trainer when its turn comes.
+        plan: how to search.
+        observer: told what happens.
+        on_closed: called with a task's name after each of its rounds.
+
+    Raises:
+        BusyError: another process is evolving one of the tasks.
+        DataError: a task's data are not those that it was evolved on before.
+        SettingsError: the root's patches do not divide the image size.
+        SystemFolderError: the system is damaged or cannot be written.
+    """
+    _check_image_size(system.root, plan.defaults.image_size)
+    for round_number in range(plan.search.rounds):
+        for task, make_trainer in tasks:
+            with system.evolving(task.name):
+                record = system.tasks().get(task.name)
+                if record is not None and record.rounds > round_number:
+                    continue
+                evolve_task(system, task, make_trainer(), plan, observer)
+            on_closed(task.name)
+
+
+def evolve_task(system: System, task: ActiveTask, trainer: Trainer, plan: SearchPlan, observer: Observer) -> TaskRecord:
+    """Runs one round of one task; the caller holds the task's lock. Goes on where a killed one stopped.
+
+    Returns:
+        The task's new record.
+
+    Raises:
+        DataError: the task's data are not those that it was evolved on before.
+        SettingsError: a journal of an unfinished search has other settings.
+        SystemFolderError: the system is damaged or cannot be written.
+    """
+    return _Search(system, task, trainer, plan, observer).run()
+
+
+class _Search:
+    """One round of one task."""
+
+    def __init__(self, system: System, task: ActiveTask, trainer: Trainer, plan: SearchPlan, observer: Observer) -> None:
+        self.system = system
+        self.task = task
+        self.trainer = trainer
+        self.plan = plan
+        self.observer = observer
+        self.started = time.monotonic()
+        record = system.tasks().get(task.name)
+        self.round = record.rounds if record is not None else 0
+        self.journal = Journal(system.folder / "journal" / f"{task.name}-{self.round + 1:04d}.jsonl")
+        self.snapshot = self._open_snapshot()
+        self.seeds = self.snapshot.seeds(task.name, plan.search.seed_limit)
+        others = self.snapshot.others(task.name)
+        self.sharing = sharing_counts(others)
+        self.defaults = plan.defaults.hyperparameters(system.root.num_blocks)
+        self.paths: dict[str, Path] = {path.id: path for path in (*others, system.root)}
+        self.parents: dict[str, str] = self.snapshot.parents()
+        self.population = Population()
+        patch_size = system.root.layer(PATCH_EMBED).spec.integer("patch_size")
+        self.reference = reference_parameters(system.root, system.position_embedding(self.defaults.image_size // patch_size))
+        every = tunables(max_blocks=system.root.num_blocks, patch_size=patch_size)
+        chosen = {"auto_tune": plan.search.auto_tune, "mutate_blocks": plan.search.mutate_blocks}
+        self.data_tunables = select_tunables(every, [Group.DATA], **chosen)
+        self.surroundings = Surroundings(
+            task=task.name,
+            num_classes=len(task.labels),
+            root=system.root,
+            frozen=frozenset(self.sharing) | system.root.layer_ids,
+            position_embedding=system.position_embedding,
+            tunables=select_tunables(every, [Group.STRUCTURE, Group.OPTIMISER], **chosen),
+            mutation_rate=plan.search.mutation_rate,
+        )
+        training = plan.training
+        self.length = TrainingLength(
+            batch_size=training.batch_size,
+            intervals=training.intervals,
+            batches_per_interval=min(-(-task.num_train_images // training.batch_size), training.batches_per_interval),
+            validation_batches=training.validation_batches,
+        )
+
+    def run(self) -> TaskRecord:
+        try:
+            self._open_population()
+            search = self.plan.search
+            reused = sum(len(pack["children"]) for pack in self.journal.of_type("pack"))
+            num_children = search.num_generations * search.generation_size
+            self.observer.search_opened(self.task.name, self.round, self.seeds, num_children, reused)
+            used_seeds = 0
+            for index in range(search.num_generations):
+                generation, used_seeds = self._plan_generation(index, used_seeds)
+                self._journal_generation(generation)
+                self.observer.generation_planned(generation)
+                self._train(generation)
+            return self._close()
+        finally:
+            self.journal.close()
+
+    # Opening
+
+    def _open_snapshot(self) -> Snapshot:
+        """Returns the snapshot of the journal if it has one, else takes one and writes it there."""
+        opened = self.journal.of_type("open")
+        if not opened:
+            snapshot = Snapshot.of(self.system)
+            self._check_data(snapshot.records.get(self.task.name))
+            self.journal.append("open", {**self._identity(), "snapshot": snapshot.to_list()})
+            return snapshot
+        for name, expected in self._identity().items():
+            if opened[0].get(name) != expected:
+                raise SettingsError(
+                    f"found an unfinished search of task {self.task.name!r} with {name} {opened[0].get(name)!r}",
+                    f"{expected!r}",
+                    f"finish it with the settings it began with, or remove {self.journal.file} to start it over",
+                )
+        return Snapshot.from_list(self.system, opened[0]["snapshot"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a search to go on. `rounds` may grow: it shapes no decision of this round."""
+        settings = self.plan.to_dict()
+        del settings["search"]["rounds"]
+        return {
+            "format": FORMAT,
+            "system": self.system.id,
+            "task": self.task.name,
+            "round": self.round,
+            "root": self.system.root.id,
+            "data_fingerprint": self.task.data_fingerprint,
+            "labels": list(self.task.labels),
+            "private": self.task.private,
+            "settings": settings,
+        }
+
+    def _check_data(self, record: TaskRecord | None) -> None:
+        if record is not None and record.data_fingerprint != self.task.data_fingerprint:
+            raise DataError(
+                f"found data of task {self.task.name!r} with fingerprint {self.task.data_fingerprint}",
+                f"{record.data_fingerprint}, what its current path was evolved on",
+                "use the same data, another task name, or `munet-evolve remove` the task first",
+            )
+
+    def _open_population(self) -> None:
+        record = self.snapshot.records.get(self.task.name)
+        if record is not None:
+            path = self.snapshot.current[self.task.name]
+            self.paths[path.id] = path
+            self.population.add(path, self._score(path), record.num_children)
+
+    # Sampling
+
+    def _plan_generation(self, index: int, used_seeds: int) -> tuple[GenerationPlan, int]:
+        names = (self.plan.seed, self.task.name, self.round, index)
+        data = self._data_hyperparameters(names, mutate=used_seeds == len(self.seeds))
+        children = []
+        for child in range(self.plan.search.generation_size):
+            generator = derive_generator(*names, child)
+            mutated = used_seeds == len(self.seeds)
+            if mutated:
+                parent = choose_parent(self.seeds, self.population, generator)
+            else:
+                parent = self.seeds[used_seeds]
+                used_seeds += 1
+            if parent.id in self.population:
+                self.population[parent.id].num_children += 1
+            inherited = self.defaults if parent.id == self.system.root.id else parent.hyperparameters
+            children.append(
+                sample_child(child, self._lineage(parent), inherited, data, self.surroundings, generator, mutated=mutated)
+            )
+        data_seed = derive_seed(*names, "data")
+        return GenerationPlan(self.task.name, self.round, index, data_seed, self.length, tuple(children)), used_seeds
+
+    def _data_hyperparameters(self, names: tuple[object, ...], *, mutate: bool) -> Hyperparameters:
+        """Returns hyperparameters whose data group holds for the generation: the defaults, or the best path's, mutated."""
+        data = self.defaults
+        best = self.population.best()
+        if best is not None:
+            data = data.replace(**{name: getattr(best.path.hyperparameters, name) for name in DATA_NAMES})
+        if not mutate:
+            return data
+        generator = derive_generator(*names, "data hyperparameters")
+        return step_hyperparameters(data, self.data_tunables, self.plan.search.mutation_rate, generator).hyperparameters
+
+    def _lineage(self, path: Path) -> list[Path]:
+        """Returns the path, then its ancestors from near to far, the root last."""
+        lineage = [path]
+        while lineage[-1].id != self.system.root.id:
+            lineage.append(self.paths[self.parents[lineage[-1].id]])
+        return lineage
+
+    # Training
+
+    def _train(self, generation: GenerationPlan) -> None:
+        """Trains the children whose results the journal does not have, then lets the survivors join in the order of their index."""
+        known = {
+            child["index"]: child
+            for pack in self.journal.of_type("pack")
+            if pack["generation"] == generation.index
+            for child in pack["children"]
+        }
+        missing = tuple(child for child in generation.children if child.index not in known)
+        if missing:
+            for pack in self.trainer.train(dataclasses.replace(generation, children=missing)):
+                rows = [self._judge(generation.children[result.index], result) for result in pack.children]
+                self.journal.append("pack", {"generation": generation.index, "children": rows})
+                for row in self.journal.records[-1]["children"]:
+                    known[row["index"]] = row
+                    self.observer.child_finished(generation.children[row["index"]], row)
+        for child in generation.children:
+            row = known[child.index]
+            if row["survived"]:
+                path = self.system.path(row["path_id"])
+                self.paths[path.id] = path
+                self.parents.setdefault(path.id, child.parent_id)
+                self.population.add(path, row["score"])
+
+    def _judge(self, child: ChildPlan, result: ChildResult) -> dict[str, Any]:
+        """Scores a trained child, stores it if it survives, and returns what the journal says of it."""
+        made = {position: _made(child, position, result) for position in result.trained}
+        placed = []
+        for plan in child.layers:
+            layer = made[plan.position] if plan.trainable else plan.source
+            if layer is None:
+                raise ValueError(f"the trainer gave no weights for {plan.position} of child {child.index}")
+            placed.append(PlacedLayer(plan.position, layer))
+        path = Path.of(
+            task=self.task.name,
+            layers=placed,
+            hyperparameters=child.hyperparameters,
+            parent_id=child.parent_id,
+            quality=result.quality,
+        )
+        path_score = self._score(path)
+        parent_score = self.population[child.parent_id].score if child.parent_id in self.population else None
+        survived = parent_score is None or path_score > parent_score
+        if survived:
+            for plan in child.layers:
+                if plan.trainable:
+                    self.system.put_layer(plan.spec, result.trained[plan.position])
+            self.system.put_path(path)
+        return {
+            "index": child.index,
+            "path_id": path.id,
+            "parent_id": child.parent_id,
+            "quality": result.quality,
+            "interval_qualities": list(result.interval_qualities),
+            "best_interval": result.best_interval,
+            "score": path_score,
+            "parent_score": parent_score,
+            "survived": survived,
+            "accounted_parameters": accounted_parameters(path, self.sharing),
+            "layers": [[str(position), layer.id] for position, layer in path.layers],
+            "num_trained_images": result.num_trained_images,
+            "flops": result.flops,
+            "seconds": {"train": result.train_seconds, "evaluate": result.evaluate_seconds},
+        }
+
+    def _score(self, path: Path) -> float:
+        accounted = accounted_parameters(path, self.sharing)
+        return score(path.quality or 0.0, accounted, self.reference, self.plan.search.scale_factor)
+
+    def _journal_generation(self, generation: GenerationPlan) -> None:
+        """Writes what was planned, or checks that it is what the journal has."""
+        fields = {
+            "index": generation.index,
+            "data": {name: getattr(generation.children[0].hyperparameters, name) for name in DATA_NAMES},
+            "data_seed": generation.data_seed,
+            "num_steps": generation.length.num_steps,
+            "children": [
+                {
+                    "index": child.index,
+                    "parent_id": child.parent_id,
+                    "mutations": list(child.mutations),
+                    "hyperparameters": child.hyperparameters.to_dict(),
+                    "origins": [[str(plan.position), plan.origin.value] for plan in child.layers],
+                    "seed": child.seed,
+                }
+                for child in generation.children
+            ],
+        }
+        written = self.journal.of_type("generation")
+        if generation.index >= len(written):
+            self.journal.append("generation", fields)
+        elif any(written[generation.index][name] != value for name, value in fields.items()):
+            raise DamagedError(
+                f"found generation {generation.index} in {self.journal.file} planned otherwise than now",
+                "the same plan from the same settings",
+                "finish the search with the version of munet that began it, or remove the journal to start it over",
+            )
+
+    # Closing
+
+    def _close(self) -> TaskRecord:
+        best = self.population.best()
+        if best is None:
+            raise RuntimeError("a search without a survivor: the first child of a seed always survives")
+        closed = next(iter(self.journal.of_type("close")), None) or self._journal_close(best)
+        record = publish_task(
+            self.system,
+            self.task,
+            path=best.path,
+            ancestors=self._lineage(best.path)[1:],
+            closed=closed,
+            rounds=self.round + 1,
+            settings=self.plan.to_dict(),
+        )
+        self.observer.search_closed(self.task.name, best.path, record)
+        return record
+
+    def _journal_close(self, best: Member) -> Record:
+        """Examines the winner, the one look at the test split, and writes the last record."""
+        started = time.monotonic()
+        examples = self.trainer.examine(best.path)
+        return self.journal.append(
+            "close",
+            {
+                "path_id": best.path.id,
+                "quality": best.path.quality,
+                "score": best.score,
+                "num_children": best.num_children,
+                "test_accuracy": examples.test_accuracy,
+                "examples": self.system.put_examples(examples.images),
+                "seconds": {"examine": time.monotonic() - started, "wall": time.monotonic() - self.started},
+            },
+        )
+
+
+def _check_image_size(root: Path, image_size: int) -> None:
+    patch_size = root.layer(PATCH_EMBED).spec.integer("patch_size")
+    if image_size % patch_size:
+        raise SettingsError(
+            f"found defaults.image_size = {image_size}",
+            f"a multiple of the root's patch size {patch_size}",
+            f"try {max(1, round(image_size / patch_size)) * patch_size}",
+        )
+
+
+def _made(child: ChildPlan, position: Position, result: ChildResult) -> Layer:
+    plan = next(plan for plan in child.layers if plan.position == position)
+    return Layer.of(plan.spec, result.trained[position])

@@ -1,0 +1,59 @@
+"""What one search sees of the system, taken when it opens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evolve.path import Path
+from evolve.store import System, TaskRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a search sees of the system, taken when it opens; later changes by others do not touch it.
+
+    Attributes:
+        current: current paths of all tasks by name, the active task's among them if it has one.
+        records: records of all tasks by name.
+        root: the root path.
+    """
+
+    current: Mapping[str, Path]
+    records: Mapping[str, TaskRecord]
+    root: Path
+
+    @staticmethod
+    def of(system: System) -> Snapshot:
+        """Returns the system as it is now."""
+        records = system.tasks()
+        return Snapshot({name: system.path(record.path_id) for name, record in records.items()}, records, system.root)
+
+    def others(self, task: str) -> list[Path]:
+        """Returns the current paths of all other tasks, newest first."""
+        names = sorted((name for name in self.records if name != task), key=lambda name: -self.records[name].order)
+        return [self.current[name] for name in names]
+
+    def seeds(self, task: str, limit: int) -> tuple[Path, ...]:
+        """Returns the current paths of the newest other tasks that are not private, then the root; `limit` in all."""
+        open_to_all = [path for path in self.others(task) if not self.records[path.task or ""].private]
+        return (*open_to_all[: limit - 1], self.root)
+
+    def parents(self) -> dict[str, str]:
+        """Returns the parent's id of each current path by its id."""
+        return {record.path_id: record.parent_id for record in self.records.values()}
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Returns the records as JSON values, for the journal."""
+        return [dataclasses.asdict(record) for record in self.records.values()]
+
+    @staticmethod
+    def from_list(system: System, rows: Sequence[Mapping[str, Any]]) -> Snapshot:
+        """Returns the snapshot that `to_list` wrote.
+
+        Raises:
+            DamagedError: a path of it is missing.
+        """
+        records = {row["name"]: TaskRecord.from_dict(row) for row in rows}
+        return Snapshot({name: system.path(record.path_id) for name, record in records.items()}, records, system.root)

@@ -1,0 +1,194 @@
+"""A system on disk: content-addressed, atomic, verified."""
+
+import errno
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from evolve import store
+from evolve.errors import BusyError, DamagedError, SystemFolderError
+from evolve.layer import POS_EMBED, LayerKind, LayerSpec
+from evolve.store import System, TaskRecord
+from tests.support.fake_trainer import WIDTH, tiny_root
+
+SPEC = LayerSpec.of(LayerKind.NORM, width=WIDTH)
+
+
+@pytest.fixture
+def system(tmp_path):
+    return System.create(tmp_path / "system", tiny_root(), 32, {"source": "test"})
+
+
+def _record(system: System, name: str, **changes) -> TaskRecord:
+    values = {
+        "name": name,
+        "path_id": system.root.id,
+        "parent_id": system.root.id,
+        "num_children": 0,
+        "rounds": 1,
+        "order": 1,
+        "private": False,
+        "labels": ("a", "b"),
+        "quality": 0.5,
+        "test_accuracy": None,
+        "examples": system.put_examples(np.zeros((1, 32, 32, 3), dtype=np.uint8)),
+        "data_fingerprint": "f",
+        "settings": {},
+    }
+    return TaskRecord(**{**values, **changes})
+
+
+def test_what_was_created_opens_again(system):
+    opened = System.open(system.folder)
+    assert opened.root == system.root
+    assert opened.id == system.id
+    assert opened.root_source == {"source": "test"}
+    assert opened.verify() == []
+
+
+def test_layers_are_stored_once_and_come_back_bit_by_bit(system):
+    weights = {"weight": np.array([1.0, -0.0, np.float32(1e-38), 3.5], dtype=np.float32)}
+    layer = system.put_layer(SPEC, weights)
+    file = next((system.folder / "layers").glob(f"*/{layer.id}.safetensors"))
+    stamp = file.stat().st_mtime_ns
+    assert system.put_layer(SPEC, weights) == layer
+    assert file.stat().st_mtime_ns == stamp
+    again = System.open(system.folder)
+    assert again.layer(layer.id) == layer
+    assert again.tensors(layer.id)["weight"].tobytes() == weights["weight"].tobytes()
+
+
+def test_weights_in_another_memory_layout_are_the_same_layer(system):
+    weights = np.arange(8, dtype=np.float32).reshape(2, 4)
+    one = system.put_layer(SPEC, {"weight": weights})
+    assert system.put_layer(SPEC, {"weight": np.asfortranarray(weights)}) == one
+    assert system.verify() == []
+
+
+def test_resampled_position_embeddings_are_one_per_size_and_the_native_one_is_itself(system):
+    native = system.root.layer(POS_EMBED)
+    assert system.position_embedding(2) == native
+    resampled = system.position_embedding(3)
+    assert System.open(system.folder).position_embedding(3) == resampled
+    weight, native_weight = system.tensors(resampled.id)["weight"], system.tensors(native.id)["weight"]
+    assert weight.shape == (10, WIDTH)
+    np.testing.assert_array_equal(weight[0], native_weight[0])
+    # Corners aligned: corners stay, the middle is the mean of the four.
+    np.testing.assert_allclose(weight[[1, 3, 7, 9]], native_weight[1:], rtol=1e-6)
+    np.testing.assert_allclose(weight[5], native_weight[1:].mean(axis=0), rtol=1e-5, atol=1e-7)
+
+
+def test_verify_names_every_damaged_file(system):
+    system.put_task(_record(system, "odd"))
+    layer = system.put_layer(SPEC, {"weight": np.ones(4, dtype=np.float32)})
+    file = next((system.folder / "layers").glob(f"*/{layer.id}.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    path_file = next((system.folder / "paths").glob("*.json"))
+    path_file.write_text(path_file.read_text().replace('"image_size": 32', '"image_size": 48'))
+    findings = system.verify()
+    assert any(layer.id in finding for finding in findings)
+    assert any("path" in finding and system.root.id in finding for finding in findings)
+
+
+def test_missing_layers_are_damage(system):
+    for file in (system.folder / "layers").glob("*/*.safetensors"):
+        file.unlink()
+    with pytest.raises(DamagedError, match="no readable layer"):
+        System.open(system.folder)
+
+
+def test_removing_a_task_hands_its_parent_on(system):
+    system.put_task(_record(system, "one", path_id="p1", parent_id="p0"))
+    system.put_task(_record(system, "two", path_id="p2", parent_id="p1"))
+    system.remove_task("one")
+    assert list(system.tasks()) == ["two"]
+    assert system.tasks()["two"].parent_id == "p0"
+
+
+def test_removing_an_unknown_task_names_the_known_ones(system):
+    system.put_task(_record(system, "one"))
+    with pytest.raises(SystemFolderError, match=r"no task 'onne'.*\['one'\]"):
+        system.remove_task("onne")
+
+
+def test_a_second_system_in_the_same_folder_is_refused(system):
+    with pytest.raises(SystemFolderError, match="choose another folder"):
+        System.create(system.folder, tiny_root(), 32)
+
+
+def test_a_newer_format_is_refused(system):
+    document = json.loads((system.folder / "system.json").read_text())
+    (system.folder / "system.json").write_text(json.dumps({**document, "format": 99}))
+    with pytest.raises(SystemFolderError, match="format 99.*expected format 1"):
+        System.open(system.folder)
+
+
+def test_a_folder_without_a_system_is_refused(tmp_path):
+    with pytest.raises(SystemFolderError, match="found no system"):
+        System.open(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_half_written(system, monkeypatch):
+    before = sorted(system.folder.rglob("*"))
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SystemFolderError, match="No space left on device.*writable folder with free space"):
+        system.put_path(
+            store.Path.of(
+                task=None, layers=system.root.layers, hyperparameters=system.root.hyperparameters, parent_id="x", quality=None
+            )
+        )
+    assert sorted(system.folder.rglob("*")) == before
+
+
+def test_two_processes_cannot_evolve_one_task(system):
+    script = (
+        "import pathlib, sys, time\n"
+        "from evolve.store import System\n"
+        "with System.open(pathlib.Path(sys.argv[1])).evolving('digits'):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(system.folder)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "held"
+        with pytest.raises(BusyError, match="task digits"), system.evolving("digits"):
+            pass
+        with system.evolving("other"):
+            pass
+        process.kill()
+        process.wait()
+        with system.evolving("digits"):
+            pass
+
+
+def test_nothing_but_whole_files_is_left_by_a_kill_while_writing(tmp_path):
+    script = (
+        "import pathlib, sys, itertools, numpy as np\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from evolve.store import System\n"
+        "from evolve.layer import LayerKind, LayerSpec\n"
+        "from tests.support.fake_trainer import tiny_root\n"
+        "system = System.create(pathlib.Path(sys.argv[1]), tiny_root(), 32)\n"
+        "print('ready', flush=True)\n"
+        "for i in itertools.count():\n"
+        "    system.put_layer(LayerSpec.of(LayerKind.NORM, width=4), {'weight': np.full(50_000, i, dtype=np.float32)})\n"
+    )
+    folder = tmp_path / "system"
+    here = str(pathlib.Path(__file__).parents[2])
+    with subprocess.Popen([sys.executable, "-c", script, str(folder), here], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while len(list((folder / "layers").glob("*/*.safetensors"))) < 12:
+            pass
+        process.kill()
+    assert System.open(folder).verify() == []
