@@ -95,7 +95,7 @@ def run_rounds(
         SettingsError: the root's patches do not divide the image size.
         SystemFolderError: the system is damaged or cannot be written.
     """
-    _check_image_size(system.root, plan.defaults.image_size)
+    check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), plan.defaults.image_size)
     for round_number in range(plan.search.rounds):
         for task, make_trainer in tasks:
             with system.evolving(task.name):
@@ -408,8 +408,12 @@ class _Search:
         )
 
 
-def _check_image_size(root: Path, image_size: int) -> None:
-    patch_size = root.layer(PATCH_EMBED).spec.integer("patch_size")
+def check_image_size(patch_size: int, image_size: int) -> None:
+    """Checks that the root's patches divide the images of an experiment.
+
+    Raises:
+        SettingsError: they do not.
+    """
     if image_size % patch_size:
         raise SettingsError(
             f"found defaults.image_size = {image_size}",

@@ -1,0 +1,44 @@
+# Everything a person or CI does here. `make help` lists it. Needs Python >= 3.11 and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format proto clean
+
+help: ## List what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The environment is made once, and again when the dependencies change. Its log stays beside it and is shown only if it fails.
+$(READY): pyproject.toml constraints.txt
+	@echo "preparing the environment in $(VENV) (once; 6 GB, some minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"found Python {sys.version.split()[0]}, expected 3.11 or newer; set PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' \
+	  > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@touch $@
+
+demo: $(READY) ## Evolve, publish, serve and hot-reload four small tasks (6 minutes)
+	@$(BIN)/python -m demo
+
+test: $(READY) ## Run every test that needs no GPU
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+check: $(READY) ## Format, lint, types, import contracts, generated code
+	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-cache > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
+	@$(BIN)/python proto/generate.py --check
+	@echo "format, lint, types, imports and generated code are in order"
+
+format: $(READY) ## Format the code and mend what the linter can mend
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --fix --quiet .
+
+proto: $(READY) ## Generate munet/v1 from proto/munet/v1
+	@$(BIN)/python proto/generate.py
+
+clean: ## Remove the environment and everything that was built
+	@rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

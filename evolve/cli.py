@@ -1,0 +1,289 @@
+"""munet-evolve: the command line of the offline half. Builds and wires; everything else lives elsewhere.
+
+Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import rich.console
+import rich.table
+import typer
+
+from evolve.closing import ActiveTask
+from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
+from evolve.errors import EvolveError, SettingsError
+from evolve.generation import Trainer
+from evolve.layer import PATCH_EMBED
+from evolve.progress import ProgressObserver
+from evolve.search import SearchPlan, check_image_size, run_rounds
+from evolve.store import System
+from evolve.summary import SystemSummary, summarise
+from munet.names import similar_names
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Evolves classification tasks from one pretrained Vision Transformer: each task gets a path of layers that are reused "
+    "frozen, cloned and trained, adapted or left out. What other tasks use never changes.",
+)
+
+SystemFolder = Annotated[pathlib.Path, typer.Option("--system", metavar="DIR", help="Folder of the system.")]
+Repository = Annotated[pathlib.Path, typer.Option("--repository", metavar="DIR", help="Model repository to publish to.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        pathlib.Path, typer.Argument(metavar="EXPERIMENT.toml", help="Settings: root, tasks, search, training.")
+    ],
+    system: SystemFolder,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME", help="Evolve only this task; may be repeated.")
+    ] = None,
+    repository: Annotated[
+        pathlib.Path | None, typer.Option("--repository", metavar="DIR", help="Publish here after each closed task.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the file.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Overrides the file.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the file.")] = None,
+) -> None:
+    """Evolve tasks.
+
+    Brings every task of the experiment (or those named) to its number of rounds. The same command goes on where an earlier one was
+    stopped; what is finished is not done again.
+    """
+    settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
+    chosen = _choose_tasks(settings, task)
+    console = rich.console.Console()
+    opened, active = _prepare(settings, chosen, system, console)
+    plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
+    observer = ProgressObserver(console, opened.root.id)
+
+    def publish(_name: str) -> None:
+        if repository is not None:
+            console.print(_export(opened, repository, "cpu"), highlight=False, soft_wrap=True)
+
+    try:
+        run_rounds(opened, active, plan, observer, publish)
+    except KeyboardInterrupt:
+        observer.stop()
+        typer.echo("interrupted; nothing that was finished is lost: the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        observer.stop()
+    if not active:
+        console.print(f"nothing to do: every task has {settings.search.rounds} rounds; --rounds asks for more", highlight=False)
+    if repository is not None and not active:
+        publish("")
+
+
+@app.command()
+def show(system: SystemFolder, as_json: AsJson = False) -> None:
+    """Show tasks, quality, test accuracy, parameters and what is shared."""
+    summary = summarise(System.open(system))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
+    else:
+        _print_summary(summary, rich.console.Console())
+
+
+@app.command()
+def verify(system: SystemFolder) -> None:
+    """Hash every layer, path and task again and follow every reference."""
+    opened = System.open(system)
+    findings = opened.verify()
+    for finding in findings:
+        typer.echo(finding, err=True)
+    if findings:
+        typer.echo(f"{len(findings)} things are wrong in {system}", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{system}: {len(opened.tasks())} tasks, every layer and path is as it was written")
+
+
+@app.command()
+def remove(
+    system: SystemFolder,
+    task: Annotated[str, typer.Option("--task", metavar="NAME", help="Task to remove.")],
+) -> None:
+    """Remove a task. Layers that others use stay; `munet-evolve export` takes it out of the model repository."""
+    opened = System.open(system)
+    with opened.evolving(task), opened.publishing():
+        opened.remove_task(task)
+    typer.echo(f"removed {task}; run `munet-evolve export` to take it out of the model repository")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[pathlib.Path, typer.Argument(metavar="RECIPE.toml", help="Settings of the pretraining.")],
+    out: Annotated[pathlib.Path, typer.Option("--out", metavar="FILE", help="Where to write the root (.safetensors).")],
+) -> None:
+    """Pretrain a small root on rendered characters."""
+    # Torch is imported only where it is needed: the other commands start in a fraction of the time.
+    from evolve.training.pretraining import PretrainingSettings, run_recipe
+
+    run_recipe(load_settings(recipe, PretrainingSettings), out, lambda line: typer.echo(line))
+
+
+@app.command()
+def export(
+    system: SystemFolder,
+    repository: Repository = pathlib.Path("model_repository"),
+    target: Annotated[str, typer.Option(help="cpu or gpu: where Triton is to run the segments.")] = "cpu",
+) -> None:
+    """Publish every task's current path to a model repository, as a new generation."""
+    if target not in ("cpu", "gpu"):
+        raise SettingsError(f"found target {target!r}", "cpu or gpu")
+    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu"))
+
+
+def main() -> None:
+    """Runs the command line; what a person can mend is printed, without a traceback, with exit status 2."""
+    try:
+        app()
+    except EvolveError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _override(settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None) -> Experiment:
+    values = settings.model_dump()
+    if rounds is not None:
+        values["search"]["rounds"] = rounds
+    if seed is not None:
+        values["seed"] = seed
+    if device is not None:
+        if device not in ("auto", "cpu", "cuda"):
+            raise SettingsError(f"found device {device!r}", "auto, cpu or cuda")
+        values["training"]["device"] = device
+    return Experiment.model_validate(values)
+
+
+def _choose_tasks(settings: Experiment, names: list[str] | None) -> tuple[TaskSettings, ...]:
+    known = [task.name for task in settings.tasks]
+    for name in names or ():
+        if name not in known:
+            similar = similar_names(name, known)
+            raise SettingsError(
+                f"found no task {name!r} in the experiment",
+                f"one of {known}",
+                f"did you mean {' or '.join(map(repr, similar))}?" if similar else "",
+            )
+    return tuple(task for task in settings.tasks if not names or task.name in names)
+
+
+def _prepare(
+    settings: Experiment, chosen: tuple[TaskSettings, ...], folder: pathlib.Path, console: rich.console.Console
+) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
+    """Loads data and root before anything is written, and returns the system with the tasks that have rounds to do."""
+    from evolve.data.load import load_task
+    from evolve.training.device import resolve_device
+
+    resolve_device(settings.training)
+    system = _open_system(settings.root, folder)
+    records = system.tasks() if system is not None else {}
+    pending = [task for task in chosen if task.name not in records or records[task.name].rounds < settings.search.rounds]
+    datasets = []
+    for task in pending:
+        started = time.monotonic()
+        data = load_task(task)
+        datasets.append((task, data))
+        counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
+        console.print(
+            f"{task.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({time.monotonic() - started:.1f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if system is None:
+        system = _create_system(settings, folder)
+    opened = system
+
+    def trainer_of(data: Any) -> Callable[[], Trainer]:
+        from evolve.training.trainer import OneByOneTrainer
+
+        return lambda: OneByOneTrainer(data, opened.tensors, settings.training)
+
+    return opened, [
+        (ActiveTask(task.name, data.labels, len(data.train), data.fingerprint, task.private), trainer_of(data))
+        for task, data in datasets
+    ]
+
+
+def _open_system(root: RootSettings, folder: pathlib.Path) -> System | None:
+    """Opens the system if there is one, and checks that it has the root that the experiment asks for."""
+    if not System.exists(folder):
+        return None
+    system = System.open(folder)
+    source = _describe_root(root)
+    if system.root_source and dict(system.root_source) != source:
+        raise SettingsError(
+            f"found a system in {folder} with root {dict(system.root_source)}",
+            f"the experiment's root {source}",
+            "use the same root, or another folder: a system keeps its root for life",
+        )
+    return system
+
+
+def _create_system(settings: Experiment, folder: pathlib.Path) -> System:
+    from evolve.root import load_root
+
+    root = load_root(settings.root)
+    patch_embed, _ = root.layers[PATCH_EMBED]
+    check_image_size(patch_embed.integer("patch_size"), settings.defaults.image_size)
+    return System.create(folder, root.layers, root.image_size, _describe_root(settings.root))
+
+
+def _describe_root(root: RootSettings) -> dict[str, Any]:
+    description = root.model_dump(mode="json", exclude={"file"})
+    if root.file is not None:
+        try:
+            description["sha256"] = hashlib.sha256(root.file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise SettingsError(f"could not read root.file {root.file} ({error.strerror})", "a checkpoint") from error
+    return description
+
+
+def _export(system: System, repository: pathlib.Path, target: Literal["cpu", "gpu"]) -> str:
+    from evolve.export.publish import export_system
+
+    result = export_system(system, repository, target=target)
+    if not result.changed:
+        return f"{repository}: generation {result.generation} is up to date"
+    return (
+        f"{repository}: published generation {result.generation}, {len(result.new_segments)} new segments, "
+        f"{len(result.reused_segments)} as they were, {result.seconds:.1f} s"
+    )
+
+
+def _print_summary(summary: SystemSummary, console: rich.console.Console) -> None:
+    table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "classes", "quality", "test", "parameters", "own", "accounted"):
+        table.add_column(title, justify="left" if title == "task" else "right")
+    table.add_column("path", overflow="fold")
+    for task in summary.tasks:
+        table.add_row(
+            task.name + (" (private)" if task.private else ""),
+            str(task.num_classes),
+            f"{task.quality:.4f}",
+            "-" if task.test_accuracy is None else f"{task.test_accuracy:.4f}",
+            f"{task.num_parameters:,}",
+            f"{task.own_parameters:,}",
+            f"{task.accounted_parameters:,.0f}",
+            task.make_up(summary.root_blocks),
+        )
+    console.print(table)
+    console.print(
+        f"{summary.num_layers} distinct layers with {summary.num_parameters:,} parameters; "
+        f"{len(summary.tasks)} separate models would have {summary.separate_parameters:,}",
+        highlight=False,
+    )

@@ -1,0 +1,90 @@
+"""Progress of a search for a person to follow: a live view on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import rich.console
+import rich.progress
+
+from evolve.generation import ChildPlan, GenerationPlan
+from evolve.journal import Record
+from evolve.path import Path
+from evolve.store import TaskRecord
+
+
+class ProgressObserver:
+    """Prints what a search does; see evolve.search.Observer.
+
+    On a terminal, one bar per search with the best quality and the time left, and a line for each closed task. Elsewhere, one plain
+    line per generation and per closed task.
+    """
+
+    def __init__(self, console: rich.console.Console, root_id: str) -> None:
+        """Prints to a console.
+
+        Args:
+            console: where to print; decides whether it is a terminal.
+            root_id: id of the root path, to name it.
+        """
+        self._console = console
+        self._live = console.is_terminal
+        self._root_id = root_id
+        self._names: dict[str, str] = {root_id: "root"}
+        self._bar: rich.progress.Progress | None = None
+        self._row: rich.progress.TaskID | None = None
+        self._started = 0.0
+        self._best = 0.0
+        self._done = 0
+        self._total = 0
+        self._survivors = 0
+        self._task = ""
+
+    def search_opened(self, task: str, round_number: int, seeds: Sequence[Path], num_children: int, reused: int) -> None:
+        """Starts a bar or prints a line."""
+        self._task, self._started, self._best, self._survivors = task, time.monotonic(), 0.0, 0
+        self._done, self._total = reused, num_children
+        self._names.update({seed.id: seed.task or "root" for seed in seeds})
+        names = ", ".join(self._names[seed.id] for seed in seeds)
+        going_on = f", going on after {reused}" if reused else ""
+        self._say(f"{task}: round {round_number + 1}, {num_children} children from {names}{going_on}")
+        if self._live:
+            columns = rich.progress.Progress.get_default_columns()
+            self._bar = rich.progress.Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+            self._row = self._bar.add_task(task, total=num_children, completed=reused)
+
+    def generation_planned(self, plan: GenerationPlan) -> None:
+        """Nothing to show before results come."""
+
+    def child_finished(self, plan: ChildPlan, record: Record) -> None:
+        """Moves the bar, or prints a line now and then."""
+        self._done += 1
+        self._survivors += bool(record["survived"])
+        self._best = max(self._best, record["quality"])
+        if self._bar is not None and self._row is not None:
+            self._bar.update(self._row, completed=self._done, description=f"{self._task}: best {self._best:.1%}")
+        elif self._done == self._total or self._done % max(1, self._total // 8) == 0:
+            seconds = time.monotonic() - self._started
+            self._say(
+                f"{self._task}: {self._done}/{self._total} children, {self._survivors} survived, best quality {self._best:.4f}, "
+                f"{seconds:.1f} s"
+            )
+
+    def search_closed(self, task: str, path: Path, record: TaskRecord) -> None:
+        """Ends the bar and prints the result."""
+        self.stop()
+        self._names[path.id] = task
+        test = "" if record.test_accuracy is None else f", test accuracy {record.test_accuracy:.4f}"
+        seconds = time.monotonic() - self._started
+        self._say(f"{task}: quality {record.quality:.4f}{test}, {path.num_blocks} blocks, path {path.id[:8]}, {seconds:.1f} s")
+
+    def stop(self) -> None:
+        """Ends the live view; also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
