@@ -363,7 +363,7 @@ def test_an_unfinished_search_keeps_to_the_snapshot_it_opened_with(system):
     with pytest.raises(Killed):
         _run(system, ["b"], trainer=MortalTrainer(5))
     _run(system, ["c"])
-    trainer, observer = _run(system, ["b"])
+    _, observer = _run(system, ["b"])
     assert observer.opened[0][2] == [system.tasks()["a"].path_id, system.root.id]
 
 
@@ -425,6 +425,6 @@ def test_every_child_is_a_valid_path(system):
 
 
 def test_qualities_that_look_random_still_leave_the_best(system):
-    trainer, _ = _run(system, ["a"], _plan(children_per_task=64), FakeTrainer(quality=hash_quality))
+    _run(system, ["a"], _plan(children_per_task=64), FakeTrainer(quality=hash_quality))
     rows = [row for generation in range(16) for row in _children(system, "a", generation)]
     assert system.tasks()["a"].quality == max(row["quality"] for row in rows)
