@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -72,7 +73,7 @@ def run(
 
     def publish(_name: str) -> None:
         if repository is not None:
-            console.print(_export(opened, repository, "cpu"), highlight=False, soft_wrap=True)
+            console.print(_export(opened, repository, "cpu", console), highlight=False, soft_wrap=True)
 
     try:
         run_rounds(opened, active, plan, observer, publish)
@@ -144,11 +145,14 @@ def export(
     """Publish every task's current path to a model repository, as a new generation."""
     if target not in ("cpu", "gpu"):
         raise SettingsError(f"found target {target!r}", "cpu or gpu")
-    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu"))
+    console = rich.console.Console()
+    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu", console))
 
 
 def main() -> None:
     """Runs the command line; what a person can mend is printed, without a traceback, with exit status 2."""
+    # Read when torch loads: threads that wait in a busy loop slow a search several times over beside another busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except EvolveError as error:
@@ -209,7 +213,7 @@ def _prepare(
     opened = system
 
     def trainer_of(data: Any) -> Callable[[], Trainer]:
-        from evolve.training.trainer import OneByOneTrainer
+        from evolve.training.one_by_one import OneByOneTrainer
 
         return lambda: OneByOneTrainer(data, opened.tensors, settings.training)
 
@@ -253,10 +257,12 @@ def _describe_root(root: RootSettings) -> dict[str, Any]:
     return description
 
 
-def _export(system: System, repository: pathlib.Path, target: Literal["cpu", "gpu"]) -> str:
+def _export(system: System, repository: pathlib.Path, target: Literal["cpu", "gpu"], console: rich.console.Console) -> str:
+    """Publishes, with a live line on a terminal, and returns what was done in words."""
     from evolve.export.publish import export_system
 
-    result = export_system(system, repository, target=target)
+    with console.status(f"publishing to {repository}") as status:
+        result = export_system(system, repository, target=target, progress=status.update)
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date"
     return (
@@ -269,7 +275,6 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
     table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
     for title in ("task", "classes", "quality", "test", "parameters", "own", "accounted"):
         table.add_column(title, justify="left" if title == "task" else "right")
-    table.add_column("path", overflow="fold")
     for task in summary.tasks:
         table.add_row(
             task.name + (" (private)" if task.private else ""),
@@ -279,11 +284,16 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
             f"{task.num_parameters:,}",
             f"{task.own_parameters:,}",
             f"{task.accounted_parameters:,.0f}",
-            task.make_up(summary.root_blocks),
         )
     console.print(table)
+    for task in summary.tasks:
+        console.print(f"{task.name}: {task.make_up(summary.root_blocks)}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{summary.num_layers} distinct layers with {summary.num_parameters:,} parameters; "
         f"{len(summary.tasks)} separate models would have {summary.separate_parameters:,}",
         highlight=False,
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import huggingface_hub.errors
 import numpy as np
 import numpy.typing as npt
 import safetensors
@@ -28,7 +27,8 @@ import torch
 
 from evolve.config import RootSettings
 from evolve.errors import CheckpointError
-from evolve.layer import PATCH_EMBED, LayerKind, LayerSpec, Position, Tensors
+from evolve.layer import PATCH_EMBED, POS_EMBED, LayerKind, LayerSpec, Position, Tensors
+from evolve.path import ordered_positions
 from evolve.vit import build_module, decompose
 from munet.files import write_atomically
 from munet.names import similar_names
@@ -43,6 +43,12 @@ RootLayers = Mapping[Position, tuple[LayerSpec, Tensors]]
 """Spec and float32 weights by position, in order, from the patch embedding to the final norm."""
 
 _log = logging.getLogger(__name__)
+
+# What torch and safetensors were seen to raise for damaged files.
+_DAMAGE = (
+    *(OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError),
+    safetensors.SafetensorError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,7 @@ def load_root(settings: RootSettings) -> LoadedRoot:
         root = _load_file(settings.file or pathlib.Path(), settings.model)
     else:
         root = _load_bundled(settings.model or DEFAULT_BUNDLED)
+    _check_finite(root)
     return root if settings.blocks is None else _keep_blocks(root, settings.blocks)
 
 
@@ -98,6 +105,15 @@ def save_root(
     described = [[str(position), spec.kind.value, spec.config] for position, (spec, _) in layers.items()]
     metadata = {**(info or {}), "format": FORMAT, "image_size": str(image_size), "layers": json.dumps(described, sort_keys=True)}
     write_atomically(file, safetensors.numpy.save(tensors, metadata))
+
+
+def _check_finite(root: LoadedRoot) -> None:
+    for position, (_, tensors) in root.layers.items():
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise CheckpointError(
+                    f"found weights {position}/{name} that are not finite", "finite weights", "take another checkpoint"
+                )
 
 
 def _keep_blocks(root: LoadedRoot, blocks: int) -> LoadedRoot:
@@ -162,9 +178,22 @@ def _load_own(file: pathlib.Path) -> LoadedRoot:
             spec = LayerSpec.of(LayerKind(kind), **config)
             build_module(spec, named)
             layers[Position.parse(position)] = (spec, named)
-        return LoadedRoot(layers, int(metadata["image_size"]))
+        root = LoadedRoot(layers, int(metadata["image_size"]))
+        _check_chain(root)
+        return root
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _unreadable(file, error) from error
+
+
+def _check_chain(root: LoadedRoot) -> None:
+    """Raises ValueError or KeyError unless there is a layer at every position of a root, in order, on the grid of its image size."""
+    num_blocks = sum(position.kind is LayerKind.BLOCK for position in root.layers)
+    expected = ordered_positions(num_blocks, (), with_head=False)
+    if tuple(root.layers) != expected or num_blocks == 0:
+        raise ValueError(f"layers at {[str(position) for position in root.layers]}")
+    patch_size, (grid, _) = root.layers[PATCH_EMBED][0].integer("patch_size"), root.layers[POS_EMBED]
+    if {grid.integer("grid_height"), grid.integer("grid_width")} != {root.image_size // patch_size}:
+        raise ValueError(f"a position embedding {grid.config} for images of {root.image_size} pixels")
 
 
 def _unreadable(file: pathlib.Path, error: Exception) -> CheckpointError:
@@ -186,7 +215,7 @@ def _download(model_name: str) -> LoadedRoot:
     _check_name(model_name)
     try:
         model = timm.create_model(model_name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"could not get the pretrained weights of {model_name!r} ({error})",
             "weights that timm can download",
@@ -236,7 +265,7 @@ def _read_state(file: pathlib.Path) -> dict[str, torch.Tensor]:
             "a file of tensors alone: pickled code is never run",
             "save its state_dict, best as .safetensors",
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    except _DAMAGE as error:
         raise _unreadable(file, error) from error
     for nested in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(nested), dict):

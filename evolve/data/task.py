@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +46,7 @@ class ImageSet:
             [images, size, size, 3] uint8.
         """
         chosen = self.images[: len(self.images) if count is None else count]
-        result: Any = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
+        result: Pixels = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
         for row, image in enumerate(chosen):
             result[row] = resize(image, size)
         return result

@@ -1,0 +1,1 @@
+"""The whole way, once, on a small scale: `make demo`."""

@@ -1,0 +1,203 @@
+"""Segments as ONNX files: each kind of layer is exported once, without weights; a segment is the chain of its layers' graphs with theirs.
+
+torch.onnx sees the weights as inputs, so nothing of their values can end up in a graph: layers of one spec share one graph, and which
+of them was exported first makes no difference. What the exporter writes about the machine (source paths, stack traces, names of symbols) is
+left out, values and nodes are named by their place. The same segment therefore gives the same bytes wherever and whenever it is exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import torch
+from torch import nn
+
+from evolve.errors import ExportError
+from evolve.export.segments import Segment
+from evolve.export.settings import ExportSettings, exporter_version
+from evolve.export.tensors import BATCH, TOKENS, Tensor, input_of, output_of
+from evolve.layer import Layer, LayerKind, LayerSpec, Tensors
+from evolve.vit import build_module
+
+MAX_FILE_BYTES = 2**31 - 2**20
+"""Most weights in one file: what a protobuf message may hold, less room for the graph."""
+
+_EXAMPLE_BATCH = 3
+_EXAMPLE_TOKENS = 7
+"""Sizes the exporter traces with. It turns 0 and 1 into constants silently, and other sizes where the module does: each export is
+checked with real batches and images, and 7 tokens are those of no square image."""
+
+_EXAMPLE_CLASSES = 5
+"""Classes of the one head that is exported: a head's graph does not say how many it has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    """What torch.onnx made of a layer, its weights being inputs.
+
+    Attributes:
+        nodes: in an order in which they can compute.
+        constants: small tensors that belong to the computation, such as the shape of a reshape.
+        input: the value that comes from the layer before.
+        weights: value by the name of the layer's tensor.
+        output: the value that goes to the layer after.
+    """
+
+    nodes: tuple[onnx.NodeProto, ...]
+    constants: tuple[onnx.TensorProto, ...]
+    input: str
+    weights: dict[str, str]
+    output: str
+
+
+def export_segment(segment: Segment, tensors: Callable[[str], Tensors], settings: ExportSettings) -> bytes:
+    """Returns a segment as an ONNX file, weights inside.
+
+    The first segment of a route takes `image` uint8 [batch, height, width, 3], others `hidden` float32 [batch, tokens, width]; the last
+    one gives `logits` float32 [batch, classes], others `next_hidden` float32 [batch, tokens, width].
+
+    Args:
+        segment: what to export.
+        tensors: a layer's weights by its id.
+        settings: how; they must be those of the segment's name.
+
+    Raises:
+        ExportError: the weights do not fit into one file, or a layer needs operators beyond the standard ones.
+    """
+    num_bytes = 4 * segment.num_parameters
+    if num_bytes > MAX_FILE_BYTES:
+        raise ExportError(
+            f"found {num_bytes} bytes of weights in one segment of {len(segment.units)} units", f"at most {MAX_FILE_BYTES}"
+        )
+    graph = onnx.GraphProto(name="segment")
+    source, target = input_of(segment.units), output_of(segment.units)
+    value = source.name
+    layers = segment.layers
+    for index, layer in enumerate(layers):
+        output = target.name if index == len(layers) - 1 else f"{index}.{layer.kind}"
+        _append(graph, f"{index}.{layer.kind}", _graph_of(layer, source, settings), tensors(layer.id), value, output)
+        value = output
+    graph.input.append(_value_info(source))
+    graph.output.append(_value_info(target))
+    model = onnx.ModelProto(
+        ir_version=settings.ir_version,
+        producer_name="munet",
+        producer_version=exporter_version(),
+        opset_import=[onnx.OperatorSetIdProto(domain="", version=settings.opset)],
+        graph=graph,
+    )
+    return model.SerializeToString(deterministic=True)
+
+
+def _append(graph: onnx.GraphProto, place: str, layer: _Graph, tensors: Tensors, source: str, target: str) -> None:
+    """Adds a layer to a graph, every name of its own behind the name of its place."""
+    names = {"": "", layer.input: source, layer.output: target}
+    for tensor, value in layer.weights.items():
+        names[value] = f"{place}.{tensor}"
+        weight = np.ascontiguousarray(tensors[tensor], dtype=np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(weight, names[value]))
+    for number, constant in enumerate(layer.constants):
+        names[constant.name] = f"{place}/constant_{number}"
+        # Rebuilt from its values: the exporter notes things of its own in a tensor.
+        graph.initializer.append(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(constant), names[constant.name]))
+    for number, node in enumerate(layer.nodes):
+        name = f"{place}/{node.op_type}_{number}"
+        for position, output in enumerate(node.output):
+            names.setdefault(output, f"{name}/{position}")
+        graph.node.append(
+            onnx.NodeProto(
+                name=name,
+                op_type=node.op_type,
+                input=[names[value] for value in node.input],
+                output=[names[value] for value in node.output],
+                attribute=[_bare(attribute) for attribute in sorted(node.attribute, key=lambda attribute: attribute.name)],
+            )
+        )
+
+
+def _bare(attribute: onnx.AttributeProto) -> onnx.AttributeProto:
+    bare = onnx.AttributeProto()
+    bare.CopyFrom(attribute)
+    bare.ClearField("doc_string")
+    return bare
+
+
+def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
+    element = onnx.helper.np_dtype_to_tensor_dtype(tensor.data_type)
+    return onnx.helper.make_tensor_value_info(tensor.name, element, [BATCH, *(TOKENS if d is None else d for d in tensor.shape)])
+
+
+# Graphs of layers
+
+
+def _graph_of(layer: Layer, source: Tensor, settings: ExportSettings) -> _Graph:
+    """Returns the graph of a layer of a segment with this input; exported at the first call for its like in this process."""
+    spec = layer.spec
+    if spec.kind is LayerKind.HEAD:
+        spec = LayerSpec.of(spec.kind, **{**spec.config, "classes": _EXAMPLE_CLASSES})
+    if spec.kind is LayerKind.PATCH_EMBED:
+        return _export_layer(spec, source.shape, settings.opset)
+    return _export_layer(spec, None, settings.opset)
+
+
+@functools.cache
+def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, opset: int) -> _Graph:
+    module = _LayerFunction(spec)
+    example, free = _example_input(spec, image_shape)
+    program = torch.onnx.export(
+        module.eval(),
+        (example, [torch.zeros(shape) for shape in module.weight_shapes.values()]),
+        dynamo=True,
+        dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC), [None] * len(module.weight_shapes)),
+        opset_version=opset,
+        verbose=False,
+    )
+    if program is None:
+        raise ExportError(f"found no graph for {spec}", "one from torch.onnx")
+    model = program.model_proto
+    foreign = sorted({node.domain for node in model.graph.node if node.domain} | {f.name for f in model.functions})
+    if foreign:
+        raise ExportError(f"found operators of {foreign} in the graph of a {spec.kind}", "standard ONNX operators only")
+    inputs = [value.name for value in model.graph.input]
+    return _Graph(
+        nodes=tuple(model.graph.node),
+        constants=tuple(model.graph.initializer),
+        input=inputs[0],
+        weights=dict(zip(module.weight_shapes, inputs[1:], strict=True)),
+        output=model.graph.output[0].name,
+    )
+
+
+class _LayerFunction(nn.Module):
+    """A layer as a function of its input and its weights."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        # In a list, so that its weights do not become this module's own, which torch.onnx would write into the graph.
+        self._layer = [build_module(spec, None, fused_attention=False).eval()]
+        self.weight_shapes = {name: tuple(tensor.shape) for name, tensor in self._layer[0].state_dict().items()}
+
+    def forward(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        """Returns what the layer makes of x with these weights, given in the order of `weight_shapes`."""
+        named = dict(zip(self.weight_shapes, weights, strict=True))
+        result: torch.Tensor = torch.func.functional_call(self._layer[0], named, (x,))
+        return result
+
+
+def _example_input(spec: LayerSpec, image_shape: tuple[int | None, ...] | None) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Returns an input for the exporter and which of its axes are free."""
+    if image_shape is not None:
+        # Free heights and widths would become constants silently; the position embedding fixes them anyway.
+        return torch.zeros([_EXAMPLE_BATCH, *(size or 0 for size in image_shape)], dtype=torch.uint8), (0,)
+    width = spec.integer("width")
+    if spec.kind is LayerKind.HEAD:
+        return torch.zeros(_EXAMPLE_BATCH, width), (0,)
+    if spec.kind is LayerKind.POS_EMBED:
+        tokens = 1 + spec.integer("grid_height") * spec.integer("grid_width")
+        return torch.zeros(_EXAMPLE_BATCH, tokens, width), (0,)
+    return torch.zeros(_EXAMPLE_BATCH, _EXAMPLE_TOKENS, width), (0, 1)

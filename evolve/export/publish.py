@@ -1,0 +1,318 @@
+"""Publishes a system's current paths as one generation of a model repository.
+
+Order is what makes it safe: files named by content first, then the generation that names them, then CURRENT, then the aliases. A publisher
+killed anywhere leaves a whole generation, the old or the new one, and the next one tidies up after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from evolve.errors import ExportError
+from evolve.export.onnx import export_segment
+from evolve.export.parity import TOLERANCE, Routes, varied
+from evolve.export.repository import FORMAT, MODEL_FILE, Repository, open_for_publishing
+from evolve.export.segments import Segmentation, find_segments, published_cuts
+from evolve.export.settings import ExportSettings, Target, exporter_version
+from evolve.export.tensors import segment_to_proto
+from evolve.export.triton import (
+    CONFIG_FILE,
+    Ensemble,
+    RoutedTask,
+    multi_task_ensemble,
+    segment_config,
+    task_ensemble,
+)
+from evolve.layer import HEAD
+from evolve.path import Path
+from evolve.scoring import accounted_parameters, sharing_counts
+from evolve.store import System, TaskRecord
+from evolve.vit import reference_logits
+from munet import preprocessing
+from munet.preprocessing import Pixels
+from munet.v1 import generation_pb2
+
+NUM_GOLDEN_IMAGES = 4
+"""So many images of each size stand in the repository with the logits that every task must answer to them."""
+
+Tell = Callable[[str], None]
+"""Takes a sentence about what is going on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishResult:
+    """What publishing did.
+
+    Attributes:
+        generation: number of the generation that is current now.
+        new_segments: names of the segments that were exported.
+        reused_segments: names of those that were there already.
+        seconds: wall time.
+        changed: whether there is a new generation; without any difference to the current one there is none.
+    """
+
+    generation: int
+    new_segments: tuple[str, ...]
+    reused_segments: tuple[str, ...]
+    seconds: float
+    changed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Current:
+    """A task with its current path and example images, uint8 [images, size, size, 3]."""
+
+    record: TaskRecord
+    path: Path
+    images: Pixels
+
+    @property
+    def image_size(self) -> int:
+        return self.path.hyperparameters.image_size
+
+
+def export_system(
+    system: System, repository: pathlib.Path, *, target: Target = "cpu", progress: Tell | None = None
+) -> PublishResult:
+    """Publishes all current paths of a system.
+
+    Segments that are there already stay untouched. Every route that is new or contains a new segment is compared with torch on the
+    task's example images, at batches of 1, 2 and the most. While another process publishes to the repository, this one waits; it
+    publishes what the system holds afterwards.
+
+    Args:
+        system: what to publish.
+        repository: the model repository; made if missing.
+        target: where Triton is to run it.
+        progress: takes a sentence about each step.
+
+    Raises:
+        ExportError: the system has no task, a route differs from torch, a segment is too large, or the repository is of a newer format,
+            of another system, damaged or cannot be written. The current generation is as it was.
+        DamagedError: a path, layer or example image of the system cannot be read.
+    """
+    tell = progress or (lambda _: None)
+    settings = ExportSettings(target=target)
+    started = time.monotonic()
+    try:
+        with open_for_publishing(repository, system.id, tell) as opened:
+            try:
+                result = _Publisher(system, opened, settings, tell).publish()
+            finally:
+                # What a failure left behind goes at once; what was published before stays.
+                opened.collect()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ExportError(
+            f"could not publish to {repository} ({reason})", "a writable folder with free space", "what was published stays"
+        ) from error
+    return dataclasses.replace(result, seconds=time.monotonic() - started)
+
+
+class _Publisher:
+    """One publication, from the system's records to CURRENT."""
+
+    def __init__(self, system: System, repository: Repository, settings: ExportSettings, tell: Tell) -> None:
+        self._system = system
+        self._repository = repository
+        self._settings = settings
+        self._tell = tell
+        self._files: dict[str, generation_pb2.File] = {}
+
+    def publish(self) -> PublishResult:
+        # Read under the repository's lock: of two publishers the later one sees all that the earlier one saw.
+        tasks = self._current_tasks()
+        for name in tasks:
+            self._repository.check_alias(name)
+        cuts = published_cuts(self._repository.generations.values())
+        segmentation = find_segments({name: task.path for name, task in tasks.items()}, cuts, self._settings)
+        golden = {size: self._put_golden_images(of_size) for size, of_size in _by_size(tasks.values()).items()}
+        # Before any export, so that torch is asked alone.
+        messages = {name: self._task(task, segmentation, golden[task.image_size]) for name, task in tasks.items()}
+        for name, task in tasks.items():
+            others = sharing_counts(other.path for other in tasks.values() if other is not task)
+            messages[name].accounted_parameters = accounted_parameters(task.path, others)
+        new = self._put_segments(segmentation)
+        self._check_routes(tasks, messages, new)
+        generation = self._generation(segmentation, tasks, messages, new)
+        changed = self._differs(generation)
+        if changed:
+            self._repository.publish(generation)
+            self._tell(f"published generation {generation.number} of {len(tasks)} tasks")
+        else:
+            self._tell(f"nothing changed: generation {self._repository.current} stays")
+        for name, message in messages.items():
+            self._repository.put_ensemble(self._ensemble_of(message, segmentation).renamed(name))
+        self._repository.remove_aliases(tasks)
+        return PublishResult(
+            generation=self._repository.current,
+            new_segments=tuple(sorted(new)),
+            reused_segments=tuple(name for name in segmentation.segments if name not in new),
+            seconds=0.0,
+            changed=changed,
+        )
+
+    def _current_tasks(self) -> dict[str, _Current]:
+        tasks = {
+            name: _Current(record, self._system.path(record.path_id), self._system.examples(record))
+            for name, record in self._system.tasks().items()
+        }
+        if not tasks:
+            raise ExportError(f"found no task in {self._system.folder}", "one or more", "`munet-evolve run` evolves them")
+        for name, task in tasks.items():
+            size, classes = task.image_size, task.path.layer(HEAD).spec.integer("classes")
+            if len(task.record.labels) != classes:
+                raise ExportError(
+                    f"found {len(task.record.labels)} labels of task {name!r}", f"{classes}, as its head has classes"
+                )
+            if not len(task.images) or task.images.shape[1:] != (size, size, 3):
+                raise ExportError(
+                    f"found example images {list(task.images.shape)} of task {name!r}", f"one or more of [{size}, {size}, 3]"
+                )
+        return tasks
+
+    def _put_golden_images(self, tasks: Iterable[_Current]) -> tuple[str, Pixels]:
+        """Writes some images of the oldest of these tasks, which stay the same when others come, and returns their file and them."""
+        oldest = min(tasks, key=lambda task: (task.record.order, task.record.name))
+        images = oldest.images[:NUM_GOLDEN_IMAGES]
+        buffer = io.BytesIO()
+        np.save(buffer, images)
+        data = buffer.getvalue()
+        path = f"golden-{oldest.image_size}.{hashlib.sha256(data).hexdigest()[:12]}.npy"
+        self._put(path, data)
+        return path, images
+
+    def _task(self, task: _Current, segmentation: Segmentation, golden: tuple[str, Pixels]) -> generation_pb2.Task:
+        """Returns what a generation says of a task, but for its accounted parameters."""
+        record = task.record
+        message = generation_pb2.Task(
+            name=record.name,
+            path_id=record.path_id,
+            route=segmentation.routes[record.name],
+            labels=record.labels,
+            preprocessing=generation_pb2.Preprocessing(version=preprocessing.VERSION, image_size=task.image_size),
+            quality=record.quality,
+            test_accuracy=record.test_accuracy,
+            num_parameters=task.path.num_parameters,
+            golden=self._golden(task, *golden),
+        )
+        message.ensemble = self._ensemble_of(message, segmentation).name
+        return message
+
+    def _golden(self, task: _Current, file: str, images: Pixels) -> generation_pb2.GoldenLogits:
+        known = self._published(task.record.name)
+        if known is not None and (known.path_id, known.golden.images) == (task.record.path_id, file):
+            # The same path and images: another machine's torch may differ in the last bit, which is no reason for a new generation.
+            return known.golden
+        self._tell(f"computing golden logits of {task.record.name}")
+        logits = reference_logits(task.path, self._system.tensors, images, batch_size=len(images))
+        return generation_pb2.GoldenLogits(images=file, logits=logits.ravel().tolist(), tolerance=TOLERANCE)
+
+    def _put_segments(self, segmentation: Segmentation) -> frozenset[str]:
+        """Exports the segments that are missing or damaged, and returns their names."""
+        new = set()
+        for name, segment in segmentation.segments.items():
+            known = self._repository.intact(f"{name}/{MODEL_FILE}")
+            if known is not None:
+                self._files[known.path] = known
+            else:
+                self._tell(f"exporting {name}: {len(segment.units)} units, {segment.num_parameters:,} parameters")
+                self._put(f"{name}/{MODEL_FILE}", export_segment(segment, self._system.tensors, self._settings))
+                new.add(name)
+            config = segment_config(segment_to_proto(segment, self._settings), self._settings.target)
+            self._put(f"{name}/{CONFIG_FILE}", config)
+        return frozenset(new)
+
+    def _check_routes(
+        self, tasks: Mapping[str, _Current], messages: Mapping[str, generation_pb2.Task], new: frozenset[str]
+    ) -> None:
+        most = self._settings.max_batch_size
+        routes = Routes(lambda name: self._repository.folder / name / MODEL_FILE)
+        for name, message in messages.items():
+            known = self._published(name)
+            if (
+                known is not None
+                and (known.path_id, known.route) == (message.path_id, message.route)
+                and new.isdisjoint(known.route)
+            ):
+                continue
+            self._tell(f"comparing the route of {name} with torch")
+            task = tasks[name]
+            images = varied(task.images, most)
+            expected = reference_logits(task.path, self._system.tensors, images, batch_size=most)
+            routes.check(name, message.route, images, expected, (1, 2, most))
+            golden = np.load(self._repository.folder / message.golden.images, allow_pickle=False)
+            answers = np.array(message.golden.logits, dtype=np.float32).reshape(len(golden), -1)
+            routes.check(name, message.route, golden, answers, (len(golden),))
+
+    def _generation(
+        self,
+        segmentation: Segmentation,
+        tasks: Mapping[str, _Current],
+        messages: Mapping[str, generation_pb2.Task],
+        new: frozenset[str],
+    ) -> generation_pb2.Generation:
+        """Returns the generation, and writes the ensembles now that their segments are there."""
+        current = self._repository.current_generation
+        generation = generation_pb2.Generation(
+            format=FORMAT,
+            number=self._repository.next_number,
+            previous=self._repository.current,
+            system_id=self._system.id,
+            exporter=exporter_version() if new or current is None else current.exporter,
+            segments=[segment_to_proto(segment, self._settings) for segment in segmentation.segments.values()],
+            tasks=messages.values(),
+        )
+        generation.created.GetCurrentTime()
+        for message in messages.values():
+            self._put_ensemble(self._ensemble_of(message, segmentation))
+        for size, of_size in _by_size(tasks.values()).items():
+            names = [task.record.name for task in of_size]
+            ensemble = multi_task_ensemble(size, [self._routed(messages[name], segmentation) for name in names])
+            self._put_ensemble(ensemble)
+            generation.multi_task_ensembles.add(image_size=size, name=ensemble.name, tasks=names)
+        generation.files.extend(self._files[path] for path in sorted(self._files))
+        return generation
+
+    def _differs(self, generation: generation_pb2.Generation) -> bool:
+        """Whether a generation says anything new."""
+        current = self._repository.current_generation
+        if current is None:
+            return True
+        renumbered = generation_pb2.Generation()
+        renumbered.CopyFrom(generation)
+        renumbered.number, renumbered.previous = current.number, current.previous
+        renumbered.created.CopyFrom(current.created)
+        return renumbered != current
+
+    def _ensemble_of(self, task: generation_pb2.Task, segmentation: Segmentation) -> Ensemble:
+        return task_ensemble(self._routed(task, segmentation))
+
+    def _routed(self, task: generation_pb2.Task, segmentation: Segmentation) -> RoutedTask:
+        route = tuple(segment_to_proto(segmentation.segments[name], self._settings) for name in task.route)
+        return RoutedTask(task.name, route, tuple(task.labels))
+
+    def _published(self, task: str) -> generation_pb2.Task | None:
+        current = self._repository.current_generation
+        return next((known for known in current.tasks if known.name == task), None) if current is not None else None
+
+    def _put(self, path: str, data: bytes) -> None:
+        self._files[path] = self._repository.put(path, data)
+
+    def _put_ensemble(self, ensemble: Ensemble) -> None:
+        self._files.update((file.path, file) for file in self._repository.put_ensemble(ensemble))
+
+
+def _by_size(tasks: Iterable[_Current]) -> dict[int, list[_Current]]:
+    """Returns the tasks of each image size, sizes ascending, tasks in the order given."""
+    grouped: dict[int, list[_Current]] = {}
+    for task in tasks:
+        grouped.setdefault(task.image_size, []).append(task)
+    return dict(sorted(grouped.items()))

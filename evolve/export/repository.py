@@ -1,0 +1,255 @@
+"""A model repository as its publisher sees it: what it holds, who may write, what may go.
+
+    CURRENT                         number of the generation that servers are to answer from
+    generation-<number>.json        a generation, see proto/munet/v1/generation.proto
+    golden-<size>.<hash>.npy        images that golden logits belong to
+    seg-<hash>/                     a segment: config.pbtxt, 1/model.onnx
+    <task>.<hash>/, all-<size>.<hash>/   ensembles: config.pbtxt, label files, 1/
+    <task>/                         alias: the task's ensemble under its plain name
+    .publishing.lock                held by the one publisher
+
+Everything but CURRENT and the aliases is named by its content and never changes. Files and folders of other names are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from google.protobuf import json_format
+
+from evolve.errors import ExportError
+from evolve.export.triton import CONFIG_FILE, VERSION_FOLDER, Ensemble
+from munet.files import sha256_of, sync_folder, write_atomically
+from munet.v1 import generation_pb2
+
+FORMAT = 1
+"""Version of the generation format that this code reads and writes."""
+
+KEPT_GENERATIONS = 3
+"""So many of the newest generations stay for rollback."""
+
+MODEL_FILE = f"{VERSION_FOLDER}/model.onnx"
+
+_GENERATION = re.compile(r"generation-([1-9][0-9]*)\.json")
+_GOLDEN = re.compile(r"golden-[0-9]+\.[0-9a-f]{12}\.npy")
+_MODEL = re.compile(r"seg-[0-9a-f]{12}|[a-z0-9][a-z0-9_-]*\.[0-9a-f]{12}")
+_IN_MODEL = re.compile(r"config\.pbtxt|labels(_[a-z0-9_-]+)?\.txt|model\.onnx")
+_UNFINISHED = re.compile(r"\.(.+)\.[^.]+\.part")
+"""What munet.files.write_atomically leaves behind when it is killed."""
+
+
+class Repository:
+    """A model repository, held for publishing. Made by `open_for_publishing`; use it within that context only.
+
+    Attributes:
+        folder: the repository.
+        generations: every generation there, by number, in ascending order.
+        current: number of the current one; 0 if there is none yet.
+    """
+
+    def __init__(self, folder: pathlib.Path, generations: Mapping[int, generation_pb2.Generation], current: int) -> None:
+        """Use `open_for_publishing`."""
+        self.folder = folder
+        self.generations = dict(generations)
+        self.current = current
+        self._checksums = {file.path: file for generation in generations.values() for file in generation.files}
+        self._aliases = {task.name for generation in generations.values() for task in generation.tasks}
+
+    @property
+    def next_number(self) -> int:
+        """A number that no generation here ever had."""
+        return max([self.current, *self.generations]) + 1
+
+    @property
+    def current_generation(self) -> generation_pb2.Generation | None:
+        """The generation that servers are to answer from, if there is one."""
+        return self.generations.get(self.current)
+
+    def intact(self, path: str) -> generation_pb2.File | None:
+        """Returns what some generation says of a file if the file is as it says; else None."""
+        expected = self._checksums.get(path)
+        file = self.folder / path
+        if expected is None or not file.is_file() or file.stat().st_size != expected.num_bytes:
+            return None
+        return expected if sha256_of(file) == expected.sha256 else None
+
+    def put(self, path: str, data: bytes) -> generation_pb2.File:
+        """Writes a file durably unless it is there with these bytes, and returns what a generation says of it."""
+        file = self.folder / path
+        if not file.is_file() or file.stat().st_size != len(data) or file.read_bytes() != data:
+            write_atomically(file, data)
+        return generation_pb2.File(path=path, sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
+
+    def put_ensemble(self, ensemble: Ensemble) -> list[generation_pb2.File]:
+        """Writes an ensemble's folder, its configuration last, and returns its files."""
+        folder = self.folder / ensemble.name
+        (folder / VERSION_FOLDER).mkdir(parents=True, exist_ok=True)
+        names = sorted(ensemble.files, key=lambda name: (name == CONFIG_FILE, name))
+        return [self.put(f"{ensemble.name}/{name}", ensemble.files[name]) for name in names]
+
+    def publish(self, generation: generation_pb2.Generation) -> None:
+        """Makes a generation the current one. All its files must be there.
+
+        It becomes so by the renaming of CURRENT; before that nobody sees it.
+        """
+        # Also of files that a killed publisher wrote and this one found: nobody knows whether their names are on the disk yet.
+        fresh = (pathlib.PurePosixPath(file.path) for file in generation.files if file.path not in self._checksums)
+        for inner in sorted({parent for path in fresh for parent in path.parents}, reverse=True):
+            sync_folder(self.folder / inner)
+        text = json_format.MessageToJson(generation, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        write_atomically(self.folder / f"generation-{generation.number}.json", f"{text}\n".encode())
+        # From here on it stays, whatever becomes of CURRENT.
+        self.generations[generation.number] = generation
+        self._aliases.update(task.name for task in generation.tasks)
+        write_atomically(self.folder / "CURRENT", f"{generation.number}\n".encode())
+        self.current = generation.number
+
+    def check_alias(self, task: str) -> None:
+        """Checks that an alias may be written.
+
+        Raises:
+            ExportError: something that no generation knows of has its name.
+        """
+        folder = self.folder / task
+        if folder.exists() and task not in self._aliases:
+            raise ExportError(
+                f"found {folder}, which munet did not write", f"no other model of the name of task {task!r}", "move it elsewhere"
+            )
+
+    def remove_aliases(self, tasks: Collection[str]) -> None:
+        """Removes the aliases of all tasks but these."""
+        for task in sorted(self._aliases.difference(tasks)):
+            _remove_model(self.folder / task)
+
+    def collect(self) -> None:
+        """Removes all but the newest generations and what only those removed named, and what killed publishers left unfinished.
+
+        A generation goes before its files, so that each one there is whole at any moment.
+        """
+        kept = {*sorted(self.generations)[-KEPT_GENERATIONS:], self.current}
+        self.generations = {number: generation for number, generation in self.generations.items() if number in kept}
+        for file in sorted(self.folder.iterdir()):
+            match = _GENERATION.fullmatch(file.name)
+            if match and int(match[1]) not in kept:
+                file.unlink()
+        sync_folder(self.folder)
+        named = {
+            pathlib.PurePosixPath(file.path).parts[0] for generation in self.generations.values() for file in generation.files
+        }
+        for entry in sorted(self.folder.iterdir()):
+            if entry.name in named or entry.name in self._aliases:
+                _remove_unfinished(entry)
+            elif entry.is_dir() and _MODEL.fullmatch(entry.name):
+                _remove_model(entry)
+            elif _GOLDEN.fullmatch(entry.name) or _is_unfinished(entry):
+                entry.unlink()
+
+
+@contextlib.contextmanager
+def open_for_publishing(folder: pathlib.Path, system_id: str, tell: Callable[[str], None]) -> Iterator[Repository]:
+    """Holds a repository for publishing; makes the folder if missing and waits while another process publishes there.
+
+    The end of the process, however it comes, releases it.
+
+    Args:
+        folder: the repository.
+        system_id: of the system that is to be published.
+        tell: takes a sentence if there is a reason to wait.
+
+    Raises:
+        ExportError: a newer format, another system, or an unreadable generation.
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".publishing.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell(f"waiting for another process that publishes to {folder}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        generations = _read_generations(folder)
+        for number, generation in generations.items():
+            if generation.system_id != system_id:
+                raise ExportError(
+                    f"found generation {number} of system {generation.system_id} in {folder}",
+                    f"a repository of system {system_id}",
+                    "publish to another folder, one for each system",
+                )
+        yield Repository(folder, generations, _read_current(folder))
+    finally:
+        os.close(descriptor)
+
+
+def _read_generations(folder: pathlib.Path) -> dict[int, generation_pb2.Generation]:
+    numbers = [int(match[1]) for file in folder.iterdir() if (match := _GENERATION.fullmatch(file.name))]
+    return {number: _read_generation(folder / f"generation-{number}.json") for number in sorted(numbers)}
+
+
+def _read_generation(file: pathlib.Path) -> generation_pb2.Generation:
+    try:
+        document = json.loads(file.read_bytes())
+        found = document["format"]
+        if found == FORMAT:
+            generation = json_format.ParseDict(document, generation_pb2.Generation())
+            _check_routes(generation)
+            return generation
+    except (ValueError, TypeError, KeyError, json_format.ParseError) as error:
+        raise ExportError(f"found no generation in {file} ({error})", "what was published", "restore the file") from error
+    raise ExportError(
+        f"found a generation of format {found!r} in {file}", f"format {FORMAT}", "use the version of munet that wrote it"
+    )
+
+
+def _check_routes(generation: generation_pb2.Generation) -> None:
+    known = {segment.name for segment in generation.segments if segment.units}
+    for task in generation.tasks:
+        if not task.route or not known.issuperset(task.route):
+            raise ValueError(f"the route of task {task.name!r} names segments that it does not describe")
+
+
+def _read_current(folder: pathlib.Path) -> int:
+    file = folder / "CURRENT"
+    try:
+        return int(file.read_text("ascii"))
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise ExportError(f"found no number in {file} ({error})", "the number of a generation", "write it there") from error
+
+
+def _remove_model(folder: pathlib.Path) -> None:
+    """Removes a model's folder; whatever munet did not write stays, and the folder with it."""
+    if not folder.is_dir():
+        return
+    for inner in (folder / VERSION_FOLDER, folder):
+        if not inner.is_dir():
+            continue
+        for file in sorted(inner.iterdir()):
+            if file.is_file() and (_IN_MODEL.fullmatch(file.name) or _is_unfinished(file)):
+                file.unlink()
+        if not any(inner.iterdir()):
+            inner.rmdir()
+
+
+def _remove_unfinished(entry: pathlib.Path) -> None:
+    for inner in (entry, entry / VERSION_FOLDER):
+        if inner.is_dir():
+            for file in sorted(inner.iterdir()):
+                if _is_unfinished(file):
+                    file.unlink()
+
+
+def _is_unfinished(file: pathlib.Path) -> bool:
+    match = _UNFINISHED.fullmatch(file.name)
+    if match is None or not file.is_file():
+        return False
+    ours = match[1]
+    return ours == "CURRENT" or any(pattern.fullmatch(ours) for pattern in (_GENERATION, _GOLDEN, _IN_MODEL))

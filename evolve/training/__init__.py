@@ -1,0 +1,1 @@
+"""Training and validating the children of a generation."""

@@ -1,0 +1,51 @@
+"""Where training runs, and what makes it repeatable there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from evolve.config import TrainingSettings
+from evolve.errors import SettingsError
+
+
+def resolve_device(settings: TrainingSettings) -> torch.device:
+    """Returns the device that the settings ask for.
+
+    Raises:
+        SettingsError: CUDA is asked for and not there, or bf16 without CUDA.
+    """
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise SettingsError(
+            "found device = 'cuda' and no CUDA device", "a GPU that torch can use", "set device = 'auto' or 'cpu'"
+        )
+    device = torch.device("cuda" if available and settings.device != "cpu" else "cpu")
+    if settings.precision == "bf16" and device.type == "cpu":
+        raise SettingsError("found precision = 'bf16' on the CPU", "bf16 on CUDA only", "set precision = 'float32'")
+    if device.type == "cuda":
+        # cuBLAS reads this when it is first used; without it, its results may differ from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return device
+
+
+@contextlib.contextmanager
+def repeatable(threads: int) -> Iterator[None]:
+    """Makes torch compute the same bits every time within the block, with so many CPU threads; afterwards all is as it was."""
+    before_threads = torch.get_num_threads()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before_fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory it has not written; filling it would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through a module class
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(before_threads)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before_fill  # type: ignore[attr-defined]

@@ -1,0 +1,93 @@
+"""Images on the device, as uint8 where they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from evolve.data.task import ImageSet
+from munet.preprocessing import Pixels, resize
+
+FREE_SHARE = 0.5
+"""Images stay in the host's memory if they would take more than this share of the device's free memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceImages:
+    """Images of one split, all of one size.
+
+    Attributes:
+        pixels: [images, height, width, 3] uint8, on the device or, if they do not fit, on the CPU.
+        labels: [images] int64, on the device.
+        sizes: height and width of the original images, [images, 2] float32, on the CPU.
+        device: where they are needed.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    sizes: torch.Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns pixels and labels of these images on the device, and their original sizes on the CPU."""
+        rows = torch.from_numpy(indices)
+        pixels = self.pixels.index_select(0, rows.to(self.pixels.device))
+        return pixels.to(self.device), self.labels.index_select(0, rows.to(self.device)), self.sizes.index_select(0, rows)
+
+
+def training_images(images: ImageSet, image_size: int, device: torch.device) -> DeviceImages:
+    """Returns training images in the one size that `storage_shape` gives.
+
+    Args:
+        images: decoded, in their own sizes.
+        image_size: what the paths see, in pixels.
+        device: where they are needed.
+    """
+    height, width = storage_shape(images.sizes, image_size)
+    pixels: Pixels = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for row, image in enumerate(images.images):
+        pixels[row] = image if image.shape[:2] == (height, width) else resize(image, height)
+    return _placed(pixels, images.labels, images.sizes, device)
+
+
+def storage_shape(sizes: npt.NDArray[np.int64], image_size: int) -> tuple[int, int]:
+    """Returns the height and width in which training images are kept for augmentation.
+
+    Images of one size of at most twice the image size a side stay as they are. All others become squares of twice the image size, or of
+    the longest side there is if that is shorter: bilinear sampling of a whole image of twice the size still weighs every pixel alike, so
+    nothing aliases, and memory stays bounded. A small crop of a large photograph is therefore less sharp than one of the original.
+
+    Args:
+        sizes: height and width of each image, [images, 2].
+        image_size: what the paths see, in pixels.
+    """
+    longest = int(sizes.max())
+    if longest <= 2 * image_size and (sizes == sizes[0]).all():
+        return int(sizes[0, 0]), int(sizes[0, 1])
+    side = min(longest, 2 * image_size)
+    return side, side
+
+
+def evaluation_images(images: ImageSet, image_size: int, count: int, device: torch.device) -> DeviceImages:
+    """Returns the first images as a path sees them in evaluation, resized as serving does.
+
+    Args:
+        images: decoded, in their own sizes.
+        image_size: height and width, in pixels.
+        count: at most so many.
+        device: where they are needed.
+    """
+    return _placed(images.resized(image_size, count), images.labels[:count], images.sizes[:count], device)
+
+
+def _placed(pixels: Pixels, labels: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], device: torch.device) -> DeviceImages:
+    stored = torch.from_numpy(pixels)
+    if device.type == "cpu" or pixels.nbytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        stored = stored.to(device)
+    return DeviceImages(stored, torch.from_numpy(labels).to(device), torch.from_numpy(sizes.astype(np.float32)), device)

@@ -1,0 +1,224 @@
+"""munet-evolve: a small real search from end to end, and every bad input with its message and exit status."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evolve import cli
+from evolve.root import save_root
+from evolve.store import System
+from evolve.vit import reference_logits
+from tests.support.processes import evolve
+from tests.support.system import IMAGE_SIZE, random_tensors, root_specs
+
+SETTINGS = f"""
+[root]
+source = "file"
+file = "root.safetensors"
+
+[defaults]
+image_size = {IMAGE_SIZE}
+learning_rate = 0.05
+crop_area_min = 0.5
+flip = false
+
+[search]
+rounds = 1
+children_per_task = 6
+generation_size = 3
+mutation_rate = 0.3
+
+[training]
+batch_size = 16
+intervals = 2
+batches_per_interval = 4
+device = "cpu"
+threads = 1
+"""
+DIGITS = '\n[[tasks]]\nname = "digits"\nsource = "digits"\n'
+COLOURS = '\n[[tasks]]\nname = "colours"\nsource = "folder"\nfolder = "colours"\n'
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A root, and a folder of images of two colours."""
+    random = np.random.default_rng(0)
+    layers = {position: (spec, random_tensors(spec, random)) for position, spec in root_specs().items()}
+    save_root(tmp_path / "root.safetensors", layers, IMAGE_SIZE)
+    for channel, name in enumerate(("red", "green")):
+        (tmp_path / "colours" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = random.integers(0, 100, (12, 20, 3), dtype=np.uint8)
+            pixels[:, :, channel] += 150
+            Image.fromarray(pixels).save(tmp_path / "colours" / name / f"{number}.png")
+    return tmp_path
+
+
+def _write(folder: pathlib.Path, text: str) -> pathlib.Path:
+    file = folder / "experiment.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str | pathlib.Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["munet-evolve", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_a_small_real_search_from_end_to_end(folder, monkeypatch, capsys):
+    file = _write(folder, SETTINGS + COLOURS + DIGITS)
+    system_folder, repository = folder / "system", folder / "repository"
+    # In a process of its own, as a user runs it.
+    result = evolve("run", file, "--system", system_folder, "--task", "colours", "--repository", repository)
+    assert result.returncode == 0, result.stderr
+    assert "colours: round 1, 6 children from root" in result.stdout
+    assert "published generation 1" in result.stdout
+    system = System.open(system_folder)
+    colours = system.path(system.tasks()["colours"].path_id)
+    assert system.tasks()["colours"].quality > 0.9, "two colours are easy to tell apart"
+    images = system.examples(system.tasks()["colours"])
+    before = reference_logits(colours, system.tensors, images)
+
+    assert _main(monkeypatch, "run", file, "--system", system_folder, "--repository", repository) == 0
+    assert "published generation 2" in capsys.readouterr().out
+    system = System.open(system_folder)
+    assert system.tasks()["colours"].path_id == colours.id
+    # The property that all else serves: another task's logits are the same bits.
+    assert reference_logits(colours, system.tensors, images).tobytes() == before.tobytes()
+
+    assert _main(monkeypatch, "run", file, "--system", system_folder) == 0
+    assert "nothing to do: every task has 1 rounds" in capsys.readouterr().out
+    assert _main(monkeypatch, "verify", "--system", system_folder) == 0
+    capsys.readouterr()
+    assert _main(monkeypatch, "show", "--system", system_folder, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [task["name"] for task in shown["tasks"]] == ["colours", "digits"]
+    assert shown["num_parameters"] < shown["separate_parameters"]
+    assert sum(task["accounted_parameters"] for task in shown["tasks"]) == pytest.approx(shown["num_parameters"])
+    assert _main(monkeypatch, "show", "--system", system_folder) == 0
+    assert "distinct layers" in capsys.readouterr().out
+
+    assert _main(monkeypatch, "remove", "--system", system_folder, "--task", "digits") == 0
+    assert _main(monkeypatch, "export", "--system", system_folder, "--repository", repository) == 0
+    assert "published generation 3" in capsys.readouterr().out
+    assert _main(monkeypatch, "export", "--system", system_folder, "--repository", repository) == 0
+    assert "generation 3 is up to date" in capsys.readouterr().out
+
+
+def test_the_same_search_in_another_process_gives_the_same_lineage(folder, monkeypatch):
+    file = _write(folder, SETTINGS + COLOURS)
+    assert _main(monkeypatch, "run", file, "--system", folder / "one") == 0
+    assert evolve("run", file, "--system", folder / "two").returncode == 0
+    one, two = System.open(folder / "one"), System.open(folder / "two")
+    assert one.tasks() == two.tasks()
+    layers = [sorted(file.name for file in system.folder.glob("layers/*/*")) for system in (one, two)]
+    assert layers[0] == layers[1]
+
+
+BAD_SETTINGS = {
+    "unknown key": (SETTINGS.replace("rounds", "rouds") + DIGITS, "search.rouds: unknown setting; did you mean 'rounds'"),
+    "impossible value": (SETTINGS.replace("rounds = 1", "rounds = 0") + DIGITS, "search.rounds: Input should be greater"),
+    "missing folder": (SETTINGS + COLOURS.replace('"colours"\n', '"nowhere"\n'), "nowhere"),
+    "image size": (
+        SETTINGS.replace(f"image_size = {IMAGE_SIZE}", "image_size = 20") + DIGITS,
+        "a multiple of the root's patch size 8",
+    ),
+    "blocks above the root's": (SETTINGS.replace("[defaults]", "blocks = 9\n[defaults]") + DIGITS, "9"),
+    "missing root": (SETTINGS.replace("root.safetensors", "gone.safetensors") + DIGITS, "gone.safetensors"),
+    "script": (SETTINGS + '\n[[tasks]]\nname = "x"\nsource = "characters"\nscript = "GREEEK"\n', "GREEK"),
+    "no cuda": (SETTINGS.replace('device = "cpu"', 'device = "cuda"') + DIGITS, "set device = 'auto' or 'cpu'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings_exit_2_before_anything_is_written(folder, monkeypatch, capsys, case):
+    import torch
+
+    if case == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    text, message = BAD_SETTINGS[case]
+    assert _main(monkeypatch, "run", _write(folder, text), "--system", folder / "system") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not (folder / "system").exists()
+
+
+def test_an_unreadable_image_is_named(folder, monkeypatch, capsys):
+    (folder / "colours" / "red" / "broken.png").write_bytes(b"no image at all")
+    assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 2
+    assert "broken.png" in capsys.readouterr().err
+    assert not (folder / "system").exists()
+
+
+def test_a_class_without_images_is_named(folder, monkeypatch, capsys):
+    (folder / "colours" / "blue").mkdir()
+    assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 2
+    assert "blue" in capsys.readouterr().err
+    assert not (folder / "system").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(folder, monkeypatch, capsys):
+    import safetensors.numpy
+
+    safetensors.numpy.save_file({"conv1.weight": np.zeros((8, 3, 3, 3), np.float32)}, folder / "resnet.safetensors")
+    text = SETTINGS.replace('file = "root.safetensors"', 'file = "resnet.safetensors"\nmodel = "vit_tiny_patch16_224"')
+    assert _main(monkeypatch, "run", _write(folder, text + COLOURS), "--system", folder / "system") == 2
+    error = capsys.readouterr().err
+    assert "expected" in error
+    assert "resnet.safetensors" in error
+    assert not (folder / "system").exists()
+
+
+def test_a_misspelt_task_is_refused_with_similar_names(folder, monkeypatch, capsys):
+    file = _write(folder, SETTINGS + COLOURS + DIGITS)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system", "--task", "digit") == 2
+    assert "did you mean 'digits'" in capsys.readouterr().err
+
+
+def test_a_system_keeps_its_root(folder, monkeypatch, capsys):
+    file = _write(folder, SETTINGS + COLOURS)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
+    other = _write(folder, SETTINGS.replace("[defaults]", "blocks = 2\n[defaults]") + COLOURS + DIGITS)
+    assert _main(monkeypatch, "run", other, "--system", folder / "system") == 2
+    assert "a system keeps its root for life" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_a_folder_without_a_system(tmp_path, monkeypatch, capsys, command):
+    assert _main(monkeypatch, command, "--system", tmp_path) == 2
+    assert f"found no system in {tmp_path}" in capsys.readouterr().err
+
+
+def test_verify_exits_1_and_names_what_is_damaged(folder, monkeypatch, capsys):
+    assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 0
+    file = next((folder / "system" / "layers").glob("*/*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert _main(monkeypatch, "verify", "--system", folder / "system") == 1
+    assert file.stem in capsys.readouterr().err
+
+
+def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):
+    file = _write(folder, SETTINGS + COLOURS)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
+    with System.open(folder / "system").evolving("colours"):
+        assert _main(monkeypatch, "run", file, "--system", folder / "system", "--rounds", "2") == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "show", "verify", "remove", "pretrain", "export"])
+def test_help_explains(monkeypatch, capsys, command):
+    assert _main(monkeypatch, command, "--help") == 0
+    assert len(capsys.readouterr().out) > 300

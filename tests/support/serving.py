@@ -1,0 +1,88 @@
+"""Servers and engines for tests: real ones, small."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from server.cli import RunningServer, running_server
+from server.config import EngineSettings, Limits, ServerSettings
+
+# One thread: this process also makes ONNX Runtime sessions of other kinds, which a global thread pool would forbid.
+ENGINE = EngineSettings(threads=1, max_waiting_rows=10_000_000)
+
+
+def server_settings(repository: pathlib.Path, **overrides: Any) -> ServerSettings:
+    settings: dict[str, Any] = {
+        "repository": repository,
+        "listen": "127.0.0.1:0",
+        "admin_listen": "127.0.0.1:0",
+        "decode_threads": 2,
+        "watch_interval_seconds": 0.02,
+        "drain_seconds": 0.0,
+        "grace_seconds": 5.0,
+        "limits": Limits(),
+        "engine": ENGINE,
+    }
+    return ServerSettings(**(settings | overrides))
+
+
+class ServerThread:
+    """A running server with its event loop in a thread of its own."""
+
+    def __init__(self, server: RunningServer, loop: asyncio.AbstractEventLoop) -> None:
+        self.server = server
+        self.loop = loop
+        self.address = server.front_door.address
+        self.admin_address = server.front_door.admin_address
+
+
+@contextlib.contextmanager
+def serving(repository: pathlib.Path, **overrides: Any) -> Iterator[ServerThread]:
+    """Serves a repository on free ports within the block."""
+    started: list[ServerThread] = []
+    failed: list[BaseException] = []
+    ready = threading.Event()
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        async with running_server(server_settings(repository, **overrides)) as server:
+            started.append(ServerThread(server, asyncio.get_running_loop()))
+            ready.set()
+            await stop.wait()
+
+    def work() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    try:
+        if not started:
+            raise failed[0]
+        yield started[0]
+    finally:
+        if started:
+            started[0].loop.call_soon_threadsafe(stop.set)
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+class ManualClock:
+    """A clock that goes forward only when told."""
+
+    def __init__(self) -> None:
+        self.now_seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_seconds
