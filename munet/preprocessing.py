@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -68,24 +67,20 @@ def decode(encoded: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Pixels:
     if len(encoded) > limits.max_bytes:
         raise ImageError(f"found {len(encoded)} bytes, expected at most {limits.max_bytes}; send a smaller image")
     try:
-        with warnings.catch_warnings():
-            # Pillow's own warnings about size and odd metadata: the limit below replaces the first, the others change no pixel.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded), formats=limits.formats) as image:
-                if image.width * image.height > limits.max_pixels:
-                    raise ImageError(
-                        f"found {image.width} x {image.height} pixels, expected at most {limits.max_pixels} in all; "
-                        "send a smaller image"
-                    )
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(encoded), formats=limits.formats) as image:
+            if image.width * image.height > limits.max_pixels:
+                raise ImageError(
+                    f"found {image.width} x {image.height} pixels, expected at most {limits.max_pixels} in all; send a smaller image"
+                )
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(
             f"found {len(encoded)} bytes that start with {encoded[:8]!r}, expected a {_or(limits.formats)} file"
         ) from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{error}; expected at most {limits.max_pixels} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         # What Pillow's decoders raise for damaged files.

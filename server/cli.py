@@ -1,0 +1,295 @@
+"""The command line, `munet-server`, and the only place where the server's parts are built and wired.
+
+Exit status: 0 all went well, 2 something a person can mend (the message on stderr says what was found, what was expected and what to do).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import typer
+
+from server.check import check as check_repository
+from server.classification import Classifier
+from server.client import AdminClient, Client
+from server.config import EngineSettings, ServerSettings, check_address, read_settings
+from server.embedded.engine import EmbeddedEngine
+from server.errors import CallError, ServerError, SettingsError
+from server.front_door.edge import Edge
+from server.front_door.health import Health
+from server.front_door.server import ADMIN_SERVICE, INFERENCE_SERVICE, FrontDoor
+from server.front_door.servicers import AdminServicer, InferenceServicer
+from server.generation import Generation
+from server.metrics import Metrics, MetricsEndpoint
+from server.preprocessing import Preprocessor
+from server.reload import Reloader
+from server.repository import Repository
+from server.results import Classification, ServerStatus
+
+_log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    help="Serves the tasks of a model repository by name, over gRPC.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", help="Deadline of each call, in seconds.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningServer:
+    """A server that serves.
+
+    Attributes:
+        front_door: what listens, with the real addresses.
+        reloader: what serves.
+        engine: what computes.
+        metrics_address: where metrics are; empty if nowhere.
+    """
+
+    front_door: FrontDoor
+    reloader: Reloader
+    engine: EmbeddedEngine
+    metrics_address: str
+
+    @property
+    def ready_line(self) -> str:
+        """What is said once the server answers, for people and scripts."""
+        generation = self.reloader.generation
+        number, num_tasks = (generation.number, len(generation.tasks)) if generation else (0, 0)
+        line = f"serving generation {number} ({num_tasks} task{'' if num_tasks == 1 else 's'}) at {self.front_door.address}"
+        metrics = f", metrics {self.metrics_address}" if self.metrics_address else ""
+        return f"{line}, admin {self.front_door.admin_address}{metrics}"
+
+
+@contextlib.asynccontextmanager
+async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServer]:
+    """Builds a server, serves within the block, and stops gracefully after it.
+
+    Args:
+        settings: everything it is told.
+
+    Raises:
+        ServerError: the repository cannot be served or an address cannot be listened on.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        engine = EmbeddedEngine(settings.engine)
+        stack.push_async_callback(asyncio.to_thread, engine.close)
+        metrics = Metrics(engine.statistics)
+        health = Health((INFERENCE_SERVICE, ADMIN_SERVICE))
+
+        def on_swap(generation: Generation) -> None:
+            health.set_serving(generation.tasks)
+            metrics.set_generation(generation.number, len(generation.tasks))
+
+        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload)
+        stack.push_async_callback(reloader.close)
+        await reloader.reload()
+        preprocessor = Preprocessor(settings.num_decode_threads, settings.limits.image)
+        stack.push_async_callback(asyncio.to_thread, preprocessor.close)
+        metrics_address = ""
+        if settings.metrics_listen is not None:
+            endpoint = MetricsEndpoint(metrics, settings.metrics_listen)
+            stack.push_async_callback(asyncio.to_thread, endpoint.close)
+            metrics_address = endpoint.address
+        classifier = Classifier(reloader, engine, preprocessor, settings.limits)
+        front_door = FrontDoor(
+            settings,
+            InferenceServicer(classifier),
+            AdminServicer(reloader, engine),
+            health,
+            Edge(settings.limits, metrics),
+        )
+        await front_door.start()
+        stack.push_async_callback(front_door.stop, settings.drain_seconds, settings.grace_seconds)
+        watch = asyncio.create_task(reloader.watch(settings.watch_interval_seconds))
+        stack.callback(watch.cancel)
+        yield RunningServer(front_door, reloader, engine, metrics_address)
+
+
+async def _serve(settings: ServerSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running_server(settings) as server:
+        # Scripts wait for this line and read the real addresses from it.
+        print(server.ready_line, flush=True)
+        await stop.wait()
+        _log.info("stopping: up to %g + %g seconds", settings.drain_seconds, settings.grace_seconds)
+
+
+@app.command()
+def serve(
+    repository: Annotated[pathlib.Path | None, typer.Option(help="The model repository. [default: model_repository]")] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT for questions; port 0 for any free one. [default: 127.0.0.1:8500]")
+    ] = None,
+    admin_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT for administration; keep it on loopback. [default: 127.0.0.1:8501]")
+    ] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP. [default: none]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the inference engine. [default: one for each CPU]")] = None,
+    watch_interval: Annotated[float | None, typer.Option(help="Seconds between looks at CURRENT. [default: 0.2]")] = None,
+    drain: Annotated[
+        float | None, typer.Option(help="Seconds from NOT_SERVING to refusing requests at shutdown. [default: 0.5]")
+    ] = None,
+    grace: Annotated[
+        float | None, typer.Option(help="Seconds for requests in flight to finish at shutdown. [default: 10]")
+    ] = None,
+    settings: Annotated[
+        pathlib.Path | None, typer.Option(help="TOML file with any of server.config.ServerSettings; flags override it.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serves a model repository until SIGTERM or SIGINT, and every generation published there meanwhile."""
+    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise SettingsError("--log-level", log_level, "debug, info, warning or error")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    overrides: dict[str, Any] = {
+        "repository": repository,
+        "listen": listen,
+        "admin_listen": admin_listen,
+        "metrics_listen": metrics_listen,
+        "engine.threads": threads,
+        "watch_interval_seconds": watch_interval,
+        "drain_seconds": drain,
+        "grace_seconds": grace,
+    }
+    asyncio.run(_serve(read_settings(settings, overrides)))
+
+
+@app.command()
+def check(repository: RepositoryOption = pathlib.Path("model_repository")) -> None:
+    """Verifies a model repository: checksums, configs, ensembles, segments, golden answers. Names every fault."""
+    reader = Repository(repository)
+    number = reader.current_number()
+    engine = EmbeddedEngine(EngineSettings())
+    try:
+        generation, findings = check_repository(reader, engine)
+    finally:
+        engine.close()
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    if generation is None or findings:
+        print(f"generation {number} in {repository}: {len(findings)} faults", file=sys.stderr)
+        raise typer.Exit(2)
+    print(f"generation {number} in {repository} is whole: {len(generation.tasks)} tasks, {len(generation.segments)} segments")
+
+
+@app.command()
+def classify(
+    files: Annotated[list[pathlib.Path], typer.Argument(metavar="FILE...", help="Images.")],
+    server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8500",
+    task: Annotated[list[str] | None, typer.Option(help="Task to ask; repeat for several. [default: all]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
+    as_json: JsonOption = False,
+    timeout: TimeoutOption = 30.0,
+) -> None:
+    """Asks a server about images."""
+    _check_address_option("--server", server)
+    answers = []
+    with Client(server) as client:
+        for file in files:
+            try:
+                result = client.classify_tasks(file, task or (), top_k=top, timeout_seconds=timeout)
+            except OSError as error:
+                raise SettingsError("FILE", str(file), f"a readable image ({error.strerror})") from error
+            except CallError as error:
+                print(f"munet-server: {file}: {error}", file=sys.stderr)
+                raise typer.Exit(2) from error
+            tasks = {
+                answer.task: {"path_id": answer.path_id, "labels": _label_rows(answer.classification)} for answer in result.tasks
+            }
+            answers.append({"file": str(file), "generation": result.generation, "tasks": tasks})
+            if not as_json:
+                for answer in result.tasks:
+                    print(f"{file}  {answer.task}  {_label_text(answer.classification)}")
+    if as_json:
+        print(json.dumps(answers, indent=2))
+
+
+@app.command()
+def status(
+    admin: Annotated[str, typer.Option(help="HOST:PORT of the server's admin address.")] = "127.0.0.1:8501",
+    as_json: JsonOption = False,
+    timeout: TimeoutOption = 30.0,
+) -> None:
+    """Shows what a server serves, how its last reload went and what its engine computed once."""
+    _check_address_option("--admin", admin)
+    with AdminClient(admin) as client:
+        answer = client.status(timeout_seconds=timeout)
+    print(json.dumps(dataclasses.asdict(answer), indent=2, default=str) if as_json else _status_text(answer))
+
+
+@app.command("reload")
+def reload_(
+    admin: Annotated[str, typer.Option(help="HOST:PORT of the server's admin address.")] = "127.0.0.1:8501",
+    timeout: TimeoutOption = 600.0,
+) -> None:
+    """Has a server serve its repository's current generation now, and says whether it did."""
+    _check_address_option("--admin", admin)
+    with AdminClient(admin) as client:
+        answer = client.reload(timeout_seconds=timeout)
+    print(f"serving generation {answer.generation}" + ("" if answer.changed else ", as before"))
+
+
+def _check_address_option(option: str, address: str) -> None:
+    try:
+        check_address(address)
+    except ValueError as error:
+        raise SettingsError(option, address, str(error)) from error
+
+
+def _label_rows(classification: Classification) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(label) for label in classification.labels]
+
+
+def _label_text(classification: Classification) -> str:
+    return ", ".join(f"{label.label} {label.probability:.3f}" for label in classification.labels)
+
+
+def _status_text(status_: ServerStatus) -> str:
+    lines = [
+        f"generation {status_.generation}, {status_.num_tasks} tasks, up {status_.uptime_seconds:.0f} s, "
+        f"{status_.engine}, version {status_.version}"
+    ]
+    last = status_.last_reload
+    if last is not None:
+        outcome = f"refused: {last.error}" if last.error else "served"
+        lines.append(f"last reload: generation {last.generation} {outcome} ({last.finished:%Y-%m-%d %H:%M:%S} UTC)")
+    lines.append(f"{'segment':<18}{'requested':>12}{'computed':>12}{'saved':>12}{'batches':>12}  tasks")
+    lines += [
+        f"{segment.name:<18}{segment.rows_requested:>12}{segment.rows_computed:>12}{segment.rows_saved:>12}"
+        f"{segment.executions:>12}  {' '.join(segment.tasks[:6])}{' ...' if len(segment.tasks) > 6 else ''}"
+        for segment in status_.segments
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the command line; the console script `munet-server`."""
+    try:
+        app()
+    except ServerError as error:
+        print(f"munet-server: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Settings of a server: one TOML file, frozen, unknown keys refused; flags of the command line override by name."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import tomllib
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from munet.preprocessing import ImageLimits
+from server.errors import SettingsError
+
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+MIB = 1024 * 1024
+
+
+def check_address(address: str) -> str:
+    """Returns the address if it is HOST:PORT, with port 0 for any free one.
+
+    Raises:
+        ValueError: it is not; the message says what is expected.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match.group(1)) > 65535:
+        raise ValueError("HOST:PORT such as 127.0.0.1:8500, with port 0 for any free one")
+    return address
+
+
+Address = Annotated[str, pydantic.AfterValidator(check_address)]
+"""HOST:PORT."""
+
+
+class _Settings(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class Limits(_Settings):
+    """What is accepted from a stranger.
+
+    Attributes:
+        max_image_bytes: greatest size of one encoded image.
+        max_image_pixels: greatest height x width of one image, known before it is decoded.
+        max_images: images in one request.
+        max_tasks: tasks named in one request.
+        max_message_bytes: greatest request or answer.
+        max_requests_in_flight: requests that are worked on or wait; more are refused.
+        max_bytes_in_flight: sum of their messages' sizes; more are refused.
+    """
+
+    max_image_bytes: pydantic.PositiveInt = 16 * MIB
+    max_image_pixels: pydantic.PositiveInt = 64 * MIB
+    max_images: pydantic.PositiveInt = 64
+    max_tasks: pydantic.PositiveInt = 1024
+    max_message_bytes: Annotated[int, pydantic.Field(ge=4096, le=2**31 - 1)] = 64 * MIB
+    max_requests_in_flight: pydantic.PositiveInt = 1024
+    max_bytes_in_flight: pydantic.PositiveInt = 512 * MIB
+
+    @property
+    def image(self) -> ImageLimits:
+        """The limits of one image, as preprocessing takes them."""
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels, formats=("JPEG", "PNG", "WEBP", "BMP"))
+
+
+class EngineSettings(_Settings):
+    """How the embedded engine works.
+
+    Attributes:
+        device: what it computes on.
+        threads: threads of the process's one ONNX Runtime pool; 0 means one for each CPU this process may use.
+        workers: batches that run at the same time.
+        max_batch_rows: greatest batch, beside each segment's own limit. On CPUs larger batches are slower, not faster.
+        max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused.
+        patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
+    """
+
+    device: Literal["cpu"] = "cpu"
+    threads: pydantic.NonNegativeInt = 0
+    workers: pydantic.PositiveInt = 1
+    max_batch_rows: pydantic.PositiveInt = 16
+    max_waiting_rows: pydantic.PositiveInt = 65536
+    patience_seconds: pydantic.PositiveFloat = 10.0
+
+    @property
+    def num_threads(self) -> int:
+        """`threads`, with 0 resolved."""
+        return self.threads or num_usable_cpus()
+
+
+class ServerSettings(_Settings):
+    """Everything a server is told.
+
+    Attributes:
+        repository: the model repository.
+        listen: address of the inference service; port 0 for any free one.
+        admin_listen: address of the admin service. Whoever reaches it may reload: keep it on loopback.
+        metrics_listen: address of Prometheus metrics over HTTP; none by default.
+        decode_threads: threads that decode and resize images; 0 means one for each CPU this process may use.
+        watch_interval_seconds: how often CURRENT is looked at.
+        drain_seconds: at shutdown, how long requests are still accepted after health says NOT_SERVING, so that load balancers look
+            away first.
+        grace_seconds: at shutdown, how long requests in flight may take to finish.
+        limits: what is accepted from a stranger.
+        engine: how the engine works.
+    """
+
+    repository: pathlib.Path = pathlib.Path("model_repository")
+    listen: Address = "127.0.0.1:8500"
+    admin_listen: Address = "127.0.0.1:8501"
+    metrics_listen: Address | None = None
+    decode_threads: pydantic.NonNegativeInt = 0
+    watch_interval_seconds: pydantic.PositiveFloat = 0.2
+    drain_seconds: pydantic.NonNegativeFloat = 0.5
+    grace_seconds: pydantic.NonNegativeFloat = 10.0
+    limits: Limits = Limits()
+    engine: EngineSettings = EngineSettings()
+
+    @property
+    def num_decode_threads(self) -> int:
+        """`decode_threads`, with 0 resolved."""
+        return self.decode_threads or num_usable_cpus()
+
+
+def num_usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_settings(file: pathlib.Path | None, overrides: dict[str, Any]) -> ServerSettings:
+    """Reads settings from a TOML file, with overrides by name.
+
+    Args:
+        file: the TOML file; none means the defaults.
+        overrides: settings by name; those of a table as `table.name`. Values of None are passed over.
+
+    Raises:
+        SettingsError: the file cannot be read, a key is unknown or a value impossible.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"settings file {file}", str(error), "a readable TOML file") from error
+    for name, value in overrides.items():
+        if value is None:
+            continue
+        table, _, key = name.rpartition(".")
+        target = values.setdefault(table, {}) if table else values
+        if isinstance(target, dict):
+            target[key] = value
+    try:
+        return ServerSettings.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise _to_settings_error(error, values) from error
+
+
+def _to_settings_error(error: pydantic.ValidationError, values: dict[str, Any]) -> SettingsError:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    found: Any = values
+    for part in first["loc"]:
+        found = found.get(part) if isinstance(found, dict) else None
+    if first["type"] == "extra_forbidden":
+        tables: dict[str, type[_Settings]] = {"limits": Limits, "engine": EngineSettings}
+        table = tables.get(str(first["loc"][0]), ServerSettings)
+        return SettingsError(name, found, f"no such key; the keys here are {', '.join(sorted(table.model_fields))}")
+    return SettingsError(name, found, first["msg"].removeprefix("Value error, ").removeprefix("Input should be "))

@@ -1,0 +1,1 @@
+"""The embedded engine: ONNX Runtime in the server's process."""

@@ -1,0 +1,298 @@
+"""The embedded engine: worker threads that take batches from the scheduler and run them in ONNX Runtime sessions.
+
+A worker takes a batch as soon as it is free, so batches form while workers are busy and nothing ever waits for a batch to fill. After a
+segment, rows go straight to the queues of their next segments.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime
+
+from server.config import EngineSettings
+from server.embedded.batches import Branch, Cargo, LoadedGeneration, OpenQuestion, SegmentCounters, gather
+from server.embedded.scheduler import Decision, Lane, Rows, Scheduler
+from server.embedded.sessions import SegmentSession, prepare_process
+from server.engine import Logits, Question, SegmentStatistics, check_question
+from server.errors import DeadlineError, EngineClosedError, NotLoadedError, OverloadedError, SegmentRunError, ServerError
+from server.generation import Generation
+
+_log = logging.getLogger(__name__)
+
+Settlement = Callable[[], None]
+"""Completes a future; called without the lock, because futures call back."""
+
+
+class EmbeddedEngine:
+    """ONNX Runtime in this process. `server.engine.Engine` says what it does.
+
+    Args:
+        settings: how it works.
+        clock: seconds that only go forward, the clock of questions' deadlines.
+    """
+
+    def __init__(self, settings: EngineSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        prepare_process(settings.num_threads)
+        self._settings = settings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._loading = threading.Lock()
+        self._scheduler: Scheduler[Cargo] = Scheduler()
+        self._open: dict[int, OpenQuestion] = {}
+        self._loaded: dict[Generation, LoadedGeneration] = {}
+        self._retiring: set[LoadedGeneration] = set()
+        self._sessions: dict[str, SegmentSession] = {}
+        self._counters: dict[str, SegmentCounters] = {}
+        self._numbers = itertools.count(1)
+        self._num_planned = 0
+        self._closed = False
+        self._workers = [
+            threading.Thread(target=self._run_worker, name=f"engine-{index}", daemon=True) for index in range(settings.workers)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def name(self) -> str:
+        """What the engine is, for people."""
+        return f"embedded (onnxruntime {onnxruntime.__version__}, {self._settings.device})"
+
+    def load(self, generation: Generation) -> None:
+        """Makes a generation answerable. See `Engine.load`."""
+        with self._loading:
+            with self._lock:
+                if self._closed:
+                    raise EngineClosedError
+                if generation in self._loaded:
+                    return
+                # Held from now on, so that nothing it shares with an older generation is freed while the rest loads.
+                loaded = LoadedGeneration(generation)
+                self._retiring.add(loaded)
+                missing = [segment for name, segment in generation.segments.items() if name not in self._sessions]
+            try:
+                sessions = {segment.name: SegmentSession(segment, self._settings.device) for segment in missing}
+            except BaseException:
+                with self._lock:
+                    self._retiring.discard(loaded)
+                    self._free_unused()
+                raise
+            with self._lock:
+                if self._closed:
+                    raise EngineClosedError
+                self._sessions.update(sessions)
+                self._counters.update({name: SegmentCounters() for name in sessions})
+                self._retiring.discard(loaded)
+                self._loaded[generation] = loaded
+
+    def answer(self, question: Question) -> concurrent.futures.Future[Logits]:
+        """Starts to answer a question. See `Engine.answer`."""
+        check_question(question)
+        with self._lock:
+            try:
+                opened = self._admit(question)
+            except ServerError as error:
+                failed: concurrent.futures.Future[Logits] = concurrent.futures.Future()
+                failed.set_exception(error)
+                return failed
+            for branch in opened.tree.roots:
+                self._enqueue(opened, branch, question.images, 0)
+            self._work.notify()
+        opened.future.add_done_callback(lambda future: self._abandon(opened) if future.cancelled() else None)
+        return opened.future
+
+    def unload(self, generation: Generation) -> None:
+        """Ends a generation. See `Engine.unload`."""
+        with self._lock:
+            loaded = self._loaded.pop(generation, None)
+            if loaded is not None:
+                loaded.retired = True
+                if loaded.num_open:
+                    self._retiring.add(loaded)
+                self._free_unused()
+
+    def statistics(self) -> list[SegmentStatistics]:
+        """Returns what each segment that is held has run. See `Engine.statistics`."""
+        with self._lock:
+            return [
+                SegmentStatistics(name, counters.rows_requested, counters.rows_computed, counters.executions)
+                for name, counters in sorted(self._counters.items())
+            ]
+
+    def close(self) -> None:
+        """Fails what is open, frees everything and ends the workers. See `Engine.close`."""
+        with self._lock:
+            self._closed = True
+            settlements = [settle for number in list(self._open) for settle in self._fail(number, EngineClosedError())]
+            self._work.notify_all()
+        _settle(settlements)
+        for worker in self._workers:
+            worker.join()
+        with self._loading, self._lock:
+            self._loaded.clear()
+            self._retiring.clear()
+            self._free_unused()
+
+    def _admit(self, question: Question) -> OpenQuestion:
+        now = self._clock()
+        loaded = self._loaded.get(question.generation)
+        if self._closed:
+            raise EngineClosedError
+        if loaded is None:
+            raise NotLoadedError(question.generation.number)
+        if question.deadline_seconds is not None and question.deadline_seconds <= now:
+            raise DeadlineError
+        due_seconds = now + self._settings.patience_seconds
+        if question.deadline_seconds is not None:
+            due_seconds = min(due_seconds, question.deadline_seconds)
+        opened = OpenQuestion(next(self._numbers), question, loaded, due_seconds)
+        # A question larger than the bound is answered when nothing else is open: the front door's limits bound its size.
+        if self._num_planned and self._num_planned + opened.num_planned > self._settings.max_waiting_rows:
+            raise OverloadedError("rows of open questions", self._num_planned, self._settings.max_waiting_rows)
+        self._open[opened.number] = opened
+        self._num_planned += opened.num_planned
+        loaded.num_open += 1
+        return opened
+
+    def _enqueue(self, opened: OpenQuestion, branch: Branch, values: npt.NDArray[Any], first_image: int) -> None:
+        segment = opened.loaded.generation.segments[branch.segment]
+        max_rows = min(segment.max_batch_size, self._settings.max_batch_rows)
+        deadline_seconds = opened.question.deadline_seconds
+        self._scheduler.add(
+            Rows(
+                request=opened.number,
+                lane=Lane(branch.segment, values.shape[1:], max_rows),
+                first=0,
+                count=len(values),
+                due_seconds=opened.due_seconds,
+                deadline_seconds=math.inf if deadline_seconds is None else deadline_seconds,
+                payload=Cargo(opened, branch, values, first_image),
+            )
+        )
+
+    def _run_worker(self) -> None:
+        while True:
+            with self._lock:
+                decision = self._scheduler.next_batch(self._clock())
+                while not decision.batch and not decision.expired and not self._closed:
+                    self._work.wait()
+                    decision = self._scheduler.next_batch(self._clock())
+                if self._closed:
+                    return
+                settlements = [settle for number in decision.expired for settle in self._fail(number, DeadlineError())]
+                session = self._sessions[decision.batch[0].lane.segment] if decision.batch else None
+            _settle(settlements)
+            if session is not None:
+                try:
+                    self._run_batch(session, decision)
+                except Exception as error:
+                    # The edge of the thread: without its worker the engine would answer nobody any more.
+                    _log.exception("a worker failed")
+                    self._fail_batch(decision, SegmentRunError(session.segment.name, repr(error)))
+            # Nothing of a finished batch is kept alive while waiting for the next.
+            del decision, session, settlements
+
+    def _run_batch(self, session: SegmentSession, decision: Decision[Cargo]) -> None:
+        try:
+            answer = session.run(gather(decision.batch))
+        except Exception as error:
+            # The edge to ONNX Runtime, whose errors share no class but Exception.
+            _log.warning("segment %s failed on a batch of %d requests: %s", session.segment.name, len(decision.batch), error)
+            if len(decision.batch) > 1:
+                # One of them may be to blame: each runs alone, so that it fails alone.
+                for rows in decision.batch:
+                    self._run_batch(session, Decision((rows,), ()))
+                return
+            self._fail_batch(decision, SegmentRunError(session.segment.name, str(error)[:500]))
+            return
+        with self._lock:
+            # A segment whose last question was cancelled while it ran is gone by now.
+            counters = self._counters.get(session.segment.name)
+            if counters is not None:
+                counters.count(decision.batch)
+            settlements = list(self._distribute(decision.batch, answer))
+            if len(self._workers) > 1:
+                self._work.notify_all()
+        _settle(settlements)
+
+    def _fail_batch(self, decision: Decision[Cargo], error: SegmentRunError) -> None:
+        with self._lock:
+            settlements = [settle for rows in decision.batch for settle in self._fail(rows.request, error)]
+        _settle(settlements)
+
+    def _distribute(self, batch: Iterable[Rows[Cargo]], answer: npt.NDArray[Any]) -> Iterable[Settlement]:
+        """Sends each row of a batch's answer where it goes next."""
+        start = 0
+        for rows in batch:
+            values = answer[start : start + rows.count]
+            start += rows.count
+            opened = rows.payload.open_question
+            if opened.number not in self._open:
+                continue
+            first_image = rows.payload.first_image + rows.first
+            for branch in rows.payload.branch.children.values():
+                self._enqueue(opened, branch, values, first_image)
+            for task in rows.payload.branch.leaves:
+                if opened.put(task, first_image, values):
+                    self._end(opened)
+                    yield _completion(opened)
+
+    def _abandon(self, opened: OpenQuestion) -> None:
+        """Forgets a question that its caller cancelled."""
+        with self._lock:
+            if opened.number in self._open:
+                self._end(opened)
+
+    def _fail(self, number: int, error: ServerError) -> list[Settlement]:
+        opened = self._open.get(number)
+        if opened is None:
+            return []
+        self._end(opened)
+        return [_failure(opened, error)]
+
+    def _end(self, opened: OpenQuestion) -> None:
+        """Takes a question out of the books; completing its future is up to the caller."""
+        del self._open[opened.number]
+        self._scheduler.drop(opened.number)
+        self._num_planned -= opened.num_planned
+        opened.loaded.num_open -= 1
+        if opened.loaded.retired and not opened.loaded.num_open:
+            self._retiring.discard(opened.loaded)
+            self._free_unused()
+
+    def _free_unused(self) -> None:
+        """Frees the segments that no generation uses that is loaded, being loaded, or unloaded with questions open."""
+        used = {name for loaded in (*self._loaded.values(), *self._retiring) for name in loaded.generation.segments}
+        for name in self._sessions.keys() - used:
+            del self._sessions[name]
+            del self._counters[name]
+
+
+def _completion(opened: OpenQuestion) -> Settlement:
+    def settle() -> None:
+        if opened.future.set_running_or_notify_cancel():
+            opened.future.set_result(opened.logits)
+
+    return settle
+
+
+def _failure(opened: OpenQuestion, error: ServerError) -> Settlement:
+    def settle() -> None:
+        if opened.future.set_running_or_notify_cancel():
+            opened.future.set_exception(error)
+
+    return settle
+
+
+def _settle(settlements: Iterable[Settlement]) -> None:
+    for settle in settlements:
+        settle()

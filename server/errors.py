@@ -1,0 +1,332 @@
+"""Every error of the online half, as one tree.
+
+    ServerError                     something a person or a caller can understand; never a bug
+    ├── SettingsError               a setting that cannot be
+    ├── RepositoryError             a model repository that cannot be served
+    │   ├── NoGenerationError       nothing was published there
+    │   ├── NewerFormatError        written by a newer publisher than this server knows
+    │   └── GenerationRefusedError  a generation with faults; carries every finding
+    ├── EngineError                 the engine cannot do what it was asked
+    │   ├── SegmentLoadError        a segment cannot be loaded
+    │   ├── SegmentRunError         a segment failed on some rows
+    │   ├── NotLoadedError          the generation is not loaded
+    │   └── EngineClosedError       the engine is closing or closed
+    ├── RequestError                a request that cannot be answered as it stands
+    │   ├── UnknownTaskError        no such task is served
+    │   ├── ImageRefusedError       an image that cannot be used
+    │   ├── LimitError              more of something than this server accepts
+    │   └── MalformedRequestError   bytes that are no request
+    ├── DeadlineError               the caller's deadline passed before the answer was there
+    ├── OverloadedError             too much waits
+    ├── UnavailableError            the server answers nothing now
+    └── CallError                   what a client learns when its call fails
+        ├── CallRefusedError        the server refused the request (its fault lies in the request)
+        │   └── TaskNotFoundError   no such task is served
+        ├── CallTimeoutError        the call's deadline passed
+        ├── ServerBusyError         too much waits there; try again later
+        ├── ServerUnreachableError  no server answers there, or it is shutting down
+        └── ServerFailedError       the server failed; its message carries an id that its log has too
+
+Messages say what was found, what was expected and what to do. Nothing here knows of gRPC: `server.front_door.status` holds the one
+table from these classes to gRPC's statuses, `server.client` the one back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+
+class ServerError(Exception):
+    """Something a person or a caller can understand. The message says what was found, what was expected and what to do."""
+
+
+class SettingsError(ServerError):
+    """A setting that cannot be.
+
+    Attributes:
+        setting: its name.
+        found: what was given.
+        expected: what may be given.
+    """
+
+    def __init__(self, setting: str, found: object, expected: str) -> None:
+        self.setting = setting
+        self.found = found
+        self.expected = expected
+        super().__init__(f"{setting}: found {found!r}, expected {expected}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault of a model repository.
+
+    Attributes:
+        where: the file, and what in it.
+        found: what is there.
+        expected: what should be there.
+        advice: what to do; empty if publishing again is all there is to do.
+    """
+
+    where: str
+    found: str
+    expected: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {self.found}, expected {self.expected}" + (f"; {self.advice}" if self.advice else "")
+
+
+class RepositoryError(ServerError):
+    """A model repository that cannot be served."""
+
+
+class NoGenerationError(RepositoryError):
+    """Nothing was published in the repository.
+
+    Attributes:
+        repository: its folder.
+    """
+
+    def __init__(self, repository: pathlib.Path) -> None:
+        self.repository = repository
+        found = "a folder without the file CURRENT" if repository.is_dir() else "no folder"
+        super().__init__(
+            f"model repository {str(repository)!r}: found {found}, expected a published generation; "
+            f"publish one with `munet-evolve export --system DIR --repository {repository}`"
+        )
+
+
+class NewerFormatError(RepositoryError):
+    """A generation in a format newer than this server knows.
+
+    Attributes:
+        path: the generation's file.
+        found: its format.
+        known: the newest format this server reads.
+    """
+
+    def __init__(self, path: str, found: int, known: int) -> None:
+        self.path = path
+        self.found = found
+        self.known = known
+        super().__init__(f"{path}: found format {found!r}, expected at most {known}; update this server before publishing for it")
+
+
+class GenerationRefusedError(RepositoryError):
+    """A generation that is not served because of its faults.
+
+    Attributes:
+        number: the generation's number; 0 if not even that could be read.
+        findings: every fault, in the order it was found; at least one.
+    """
+
+    NUM_SHOWN = 5
+    NUM_CHARACTERS = 500
+
+    def __init__(self, number: int, findings: Sequence[Finding]) -> None:
+        self.number = number
+        self.findings = tuple(findings)
+        shown = "; ".join(str(finding)[: self.NUM_CHARACTERS] for finding in self.findings[: self.NUM_SHOWN])
+        rest = len(self.findings) - self.NUM_SHOWN
+        more = f"; and {rest} more, see `munet-server check`" if rest > 0 else ""
+        super().__init__(f"generation {number} is refused: {shown}{more}")
+
+
+class EngineError(ServerError):
+    """The engine cannot do what it was asked."""
+
+
+class SegmentLoadError(EngineError):
+    """A segment cannot be loaded.
+
+    Attributes:
+        segment: its name.
+        reason: what the engine found.
+        expected: what it needs.
+    """
+
+    def __init__(self, segment: str, reason: str, expected: str = "an ONNX model that ONNX Runtime loads") -> None:
+        self.segment = segment
+        self.reason = reason
+        self.expected = expected
+        super().__init__(f"segment {segment!r} cannot be loaded: found {reason}, expected {expected}; export it again")
+
+
+class SegmentRunError(EngineError):
+    """A segment failed on some rows.
+
+    Attributes:
+        segment: its name.
+        reason: what the engine reported.
+    """
+
+    def __init__(self, segment: str, reason: str) -> None:
+        self.segment = segment
+        self.reason = reason
+        super().__init__(f"segment {segment!r} failed: {reason}")
+
+
+class NotLoadedError(EngineError):
+    """The engine was asked about a generation that it does not hold.
+
+    Attributes:
+        number: the generation's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"generation {number!r} is not loaded; load it first")
+
+
+class EngineClosedError(EngineError):
+    """The engine is closing or closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is closed and answers no more; ask another server")
+
+
+class RequestError(ServerError):
+    """A request that cannot be answered as it stands."""
+
+
+class UnknownTaskError(RequestError):
+    """No such task is served.
+
+    Attributes:
+        task: what was asked for.
+        similar: names that are served and resemble it, most alike first.
+        num_tasks: how many are served.
+    """
+
+    def __init__(self, task: str, similar: Sequence[str], num_tasks: int) -> None:
+        self.task = task
+        self.similar = tuple(similar)
+        self.num_tasks = num_tasks
+        did_you_mean = " or ".join(repr(name) for name in self.similar)
+        advice = f"did you mean {did_you_mean}?" if self.similar else "ListTasks names them"
+        # A name may be megabytes of anything: show its beginning only.
+        shown = task if len(task) <= 80 else task[:77] + "..."
+        super().__init__(f"task: found {shown!r}, expected one of the {num_tasks} tasks that are served; {advice}")
+
+
+class ImageRefusedError(RequestError):
+    """An image that cannot be used.
+
+    Attributes:
+        where: which of the request's images, such as `images[3]`.
+        reason: what was found and what was expected.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.where = where
+        self.reason = reason
+        super().__init__(f"{where}: {reason}")
+
+
+class LimitError(RequestError):
+    """More, or fewer, of something than this server accepts.
+
+    Attributes:
+        what: what was counted.
+        found: how many.
+        expected: how many are accepted, in words.
+        advice: what to do.
+    """
+
+    def __init__(self, what: str, found: int, expected: str, advice: str) -> None:
+        self.what = what
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        super().__init__(f"{what}: found {found!r}, expected {expected}; {advice}")
+
+
+class MalformedRequestError(RequestError):
+    """Bytes that are no request."""
+
+    def __init__(self, expected: str) -> None:
+        self.expected = expected
+        super().__init__(f"request: found bytes that do not parse, expected a {expected}; build it from proto/munet/v1")
+
+
+class DeadlineError(ServerError):
+    """The caller's deadline passed before the answer was there."""
+
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before the answer was there; allow more time or send fewer images")
+
+
+class OverloadedError(ServerError):
+    """Too much waits.
+
+    Attributes:
+        what: what there is too much of.
+        waiting: how much of it waits.
+        limit: how much may wait.
+        retry_after_seconds: when another try makes sense.
+    """
+
+    def __init__(self, what: str, waiting: int, limit: int, retry_after_seconds: float = 0.1) -> None:
+        self.what = what
+        self.waiting = waiting
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(
+            f"{what}: found {waiting!r} waiting, expected at most {limit}; try again in {retry_after_seconds} seconds"
+        )
+
+
+class UnavailableError(ServerError):
+    """The server answers nothing now.
+
+    Attributes:
+        reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"this server answers nothing now: found it {reason}, expected it serving; ask another one")
+
+
+class CallError(ServerError):
+    """What a client learns when its call fails.
+
+    Attributes:
+        server: the address that was called.
+        method: the name of the call.
+        status: name of the gRPC status, such as `NOT_FOUND`.
+        details: the server's words.
+    """
+
+    def __init__(self, server: str, method: str, status: str, details: str) -> None:
+        self.server = server
+        self.method = method
+        self.status = status
+        self.details = details
+        super().__init__(f"{method} at {server}: {details} ({status})")
+
+
+class CallRefusedError(CallError):
+    """The server refused the request; its fault lies in the request."""
+
+
+class TaskNotFoundError(CallRefusedError):
+    """No such task is served."""
+
+
+class CallTimeoutError(CallError):
+    """The call's deadline passed."""
+
+
+class ServerBusyError(CallError):
+    """Too much waits at the server; try again later."""
+
+
+class ServerUnreachableError(CallError):
+    """No server answers there, or it is shutting down."""
+
+
+class ServerFailedError(CallError):
+    """The server failed; the message carries an id that its log has too."""

@@ -1,0 +1,105 @@
+"""The gRPC servers: questions on one address, administration on another, health and reflection on both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from munet.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from server.config import ServerSettings
+from server.errors import SettingsError
+from server.front_door.edge import Edge
+from server.front_door.health import Health
+from server.front_door.servicers import AdminServicer, InferenceServicer
+
+_log = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+
+
+class FrontDoor:
+    """Listens, answers, and stops gracefully. For one event loop.
+
+    Args:
+        settings: addresses, limits, times.
+        inference: answers questions.
+        admin: answers whoever operates the server.
+        health: says what serves.
+        edge: what every call passes.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, inference: InferenceServicer, admin: AdminServicer, health: Health, edge: Edge
+    ) -> None:
+        self._settings = settings
+        self._inference = inference
+        self._admin = admin
+        self._health = health
+        self._edge = edge
+        self._servers: list[grpc.aio.Server] = []
+        self.address = ""
+        self.admin_address = ""
+
+    async def start(self) -> None:
+        """Listens on both addresses; `address` and `admin_address` are then the real ones.
+
+        Raises:
+            SettingsError: an address cannot be listened on; nothing is left listening.
+        """
+        questions = self._new_server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, questions)  # type: ignore[no-untyped-call]
+        administration = self._new_server()
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, administration)  # type: ignore[no-untyped-call]
+        for server, service in ((questions, INFERENCE_SERVICE), (administration, ADMIN_SERVICE)):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+            reflection.enable_server_reflection((service, health_name, reflection.SERVICE_NAME), server)
+        self._servers = [questions, administration]
+        try:
+            self.address = _bind(questions, "listen", self._settings.listen)
+            self.admin_address = _bind(administration, "admin_listen", self._settings.admin_listen)
+        except SettingsError:
+            await asyncio.gather(*(server.stop(None) for server in self._servers))
+            raise
+        for server in self._servers:
+            await server.start()
+
+    async def stop(self, drain_seconds: float, grace_seconds: float) -> None:
+        """Stops: health says so, then no new requests, then those in flight finish or are cancelled.
+
+        Args:
+            drain_seconds: between health's word and the end of new requests.
+            grace_seconds: for requests in flight.
+        """
+        self._health.stop()
+        await asyncio.sleep(drain_seconds)
+        # Calls on open connections are refused in words from here on; gRPC refuses new connections itself.
+        self._edge.shutting_down = True
+        self._health.end_watches()
+        await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
+
+    def _new_server(self) -> grpc.aio.Server:
+        size = self._settings.limits.max_message_bytes
+        options: list[tuple[str, int]] = [
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+            # Otherwise a second server on the same port would silently get half of the first one's calls.
+            ("grpc.so_reuseport", 0),
+        ]
+        return grpc.aio.server(interceptors=[self._edge], options=options)
+
+
+def _bind(server: grpc.aio.Server, setting: str, address: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise SettingsError(setting, address, f"an address to listen on that nobody else uses ({error})") from error
+    if port == 0:
+        raise SettingsError(setting, address, "an address to listen on that nobody else uses")
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -1,0 +1,48 @@
+"""The one table from error classes to gRPC statuses."""
+
+from __future__ import annotations
+
+import grpc
+
+from server.errors import (
+    DeadlineError,
+    EngineClosedError,
+    OverloadedError,
+    RepositoryError,
+    RequestError,
+    ServerError,
+    UnavailableError,
+    UnknownTaskError,
+)
+
+# An error has the status of the most special of its classes that stands here. What stands nowhere is INTERNAL: its words are for
+# the log, the caller gets an id.
+STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
+    UnknownTaskError: grpc.StatusCode.NOT_FOUND,
+    RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    EngineClosedError: grpc.StatusCode.UNAVAILABLE,
+    RepositoryError: grpc.StatusCode.FAILED_PRECONDITION,
+}
+
+INTERNAL_TEXT = "the server failed to answer; its log says why under the id {id}"
+
+RETRY_KEY = "retry-after-ms"
+"""Trailing metadata of RESOURCE_EXHAUSTED: when another try makes sense, in milliseconds."""
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """Returns the status of an error; INTERNAL if the table does not have it."""
+    for cls in type(error).__mro__:
+        if cls in STATUS_OF_ERROR:
+            return STATUS_OF_ERROR[cls]
+    return grpc.StatusCode.INTERNAL
+
+
+def trailing_metadata_of(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """Returns what goes with an error beside its words."""
+    if isinstance(error, OverloadedError):
+        return ((RETRY_KEY, str(round(error.retry_after_seconds * 1000))),)
+    return ()

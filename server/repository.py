@@ -1,0 +1,264 @@
+"""A model repository on disk: which generation is current, and whether its files are what it says.
+
+Everything but CURRENT and the aliases is named by content and never changes, so a generation that was read whole stays true. What the
+files say to each other (routes' shapes, Triton's configs) is the matter of `server.verification`, which `Repository.read` asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import types
+from collections.abc import Hashable, Iterable
+
+import numpy as np
+from google.protobuf import json_format
+
+from munet.v1 import generation_pb2
+from server import verification
+from server.errors import Finding, GenerationRefusedError, NewerFormatError, NoGenerationError, RepositoryError
+from server.generation import Generation, Golden, Segment, Task, TensorSpec
+
+FORMAT = 1
+"""The newest format of generation-<number>.json that this module reads."""
+
+CURRENT = "CURRENT"
+
+_MAX_MANIFEST_BYTES = 1 << 30
+_DATA_TYPES: dict[int, str] = {
+    generation_pb2.DATA_TYPE_UINT8: "uint8",
+    generation_pb2.DATA_TYPE_FLOAT32: "float32",
+    generation_pb2.DATA_TYPE_FLOAT16: "float16",
+}
+
+_Signature = tuple[int, int, int, int] | None
+
+
+class Repository:
+    """Reads the generations of one model repository.
+
+    Not thread-safe: one reader at a time. A file is hashed again only if its size, times or inode changed since this object hashed
+    it, so that reading a generation costs what is new in it.
+
+    Args:
+        root: the repository's folder.
+    """
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self.root = root
+        self._hashes: dict[str, tuple[_Signature, str]] = {}
+        self._configs = verification.ConfigCache()
+
+    def current_number(self) -> int:
+        """Returns the number of the generation that is to be served.
+
+        Raises:
+            NoGenerationError: nothing was published here.
+            RepositoryError: CURRENT cannot be read or holds no number.
+        """
+        try:
+            with (self.root / CURRENT).open("rb") as file:
+                text = file.read(64)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NoGenerationError(self.root) from None
+        except OSError as error:
+            raise RepositoryError(f"{self.root / CURRENT}: found {error}, expected a readable file") from error
+        if not text.strip().isdigit():
+            raise RepositoryError(
+                f"{self.root / CURRENT}: found {text!r}, expected the number of a generation; "
+                "write the number of the newest generation-<number>.json there"
+            )
+        return int(text)
+
+    def fingerprint(self) -> Hashable:
+        """Returns a value that changes when another generation becomes current or the current one's file changes."""
+        try:
+            number = self.current_number()
+        except RepositoryError as error:
+            return str(error)
+        return number, _signature(self.root / f"generation-{number}.json")
+
+    def fingerprint_of_files(self) -> Hashable:
+        """Returns a value that changes when any file of the current generation changes, appears or goes."""
+        try:
+            number = self.current_number()
+            manifest = json.loads((self.root / f"generation-{number}.json").read_bytes())
+            names = [entry["path"] for entry in manifest["files"]]
+            return self.fingerprint(), tuple(_signature(self.root / name) for name in names)
+        except (RepositoryError, OSError, ValueError, TypeError, KeyError):
+            return self.fingerprint()
+
+    def read(self, number: int | None = None) -> Generation:
+        """Reads and verifies a generation: its own form, every file's checksum, routes' shapes, Triton's configs.
+
+        Args:
+            number: which one; none means the current one.
+
+        Raises:
+            NoGenerationError: nothing was published here.
+            NewerFormatError: a newer publisher wrote it.
+            GenerationRefusedError: it has faults; the error carries every one that was found.
+            RepositoryError: CURRENT cannot be read.
+        """
+        generation, findings = self.inspect(number)
+        if generation is None or findings:
+            raise GenerationRefusedError(generation.number if generation else number or self.current_number(), findings)
+        return generation
+
+    def inspect(self, number: int | None = None) -> tuple[Generation | None, list[Finding]]:
+        """Returns a generation and every fault found in it; no generation if its own file makes no sense.
+
+        Args:
+            number: which one; none means the current one.
+
+        Raises:
+            NoGenerationError, NewerFormatError, RepositoryError: as `read`.
+        """
+        number = self.current_number() if number is None else number
+        message, digest, findings = self._read_manifest(number)
+        if message is None:
+            return None, findings
+        findings += self._verify_files(message)
+        findings += verification.check_names(message)
+        if findings:
+            return None, findings
+        generation = self._to_generation(message, digest)
+        findings += verification.check_routes(generation)
+        findings += verification.check_configs(message, generation, self.root, self._configs)
+        return generation, findings
+
+    def _read_manifest(self, number: int) -> tuple[generation_pb2.Generation | None, str, list[Finding]]:
+        name = f"generation-{number}.json"
+        advice = "publish again, or write the number of a whole generation to CURRENT"
+        try:
+            with (self.root / name).open("rb") as file:
+                content = file.read(_MAX_MANIFEST_BYTES)
+        except OSError as error:
+            return None, "", [Finding(name, error.strerror or str(error), "the file that CURRENT names", advice)]
+        try:
+            values = json.loads(content)
+            if not isinstance(values, dict):
+                raise json_format.ParseError(f"a JSON {type(values).__name__}")
+            found = values.get("format", 0)
+            if isinstance(found, int) and found > FORMAT:
+                raise NewerFormatError(name, found, FORMAT)
+            message = generation_pb2.Generation()
+            json_format.ParseDict(values, message, ignore_unknown_fields=True)
+        except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
+            return None, "", [Finding(name, str(error)[:300], "the protobuf JSON of munet.v1.Generation", advice)]
+        findings = []
+        if message.format != FORMAT:
+            findings.append(Finding(f"{name}: format", repr(message.format), str(FORMAT), advice))
+        if message.number != number:
+            findings.append(Finding(f"{name}: number", repr(message.number), str(number), advice))
+        return message, hashlib.sha256(content).hexdigest(), findings
+
+    def _verify_files(self, message: generation_pb2.Generation) -> list[Finding]:
+        findings: list[Finding] = []
+        root = self.root.resolve()
+        listed = set()
+        for file in message.files:
+            if file.path in listed:
+                findings.append(Finding(f"files: {file.path}", "it twice", "each file once"))
+            listed.add(file.path)
+            finding = self._verify_file(root, file)
+            if finding is not None:
+                findings.append(finding)
+        # What earlier generations needed is forgotten once it outweighs what this one needs.
+        if len(self._hashes) > 4 * len(listed) + 1024:
+            self._hashes = {path: entry for path, entry in self._hashes.items() if path in listed}
+        expected = "the path, checksum and size of each file it needs"
+        findings += [Finding(f"files: {needed}", "no entry", expected) for needed in sorted(_needed_files(message) - listed)]
+        return findings
+
+    def _verify_file(self, root: pathlib.Path, file: generation_pb2.File) -> Finding | None:
+        where = f"files: {file.path[:200]!r}"
+        if not _is_plain(file.path):
+            return Finding(where, "a path that leaves the repository", "a relative path with / and without . or ..")
+        path = self.root / file.path
+        try:
+            resolved = path.resolve(strict=True)
+            if not resolved.is_relative_to(root):
+                return Finding(where, f"a link to {str(resolved)!r}", "a file inside the repository")
+            if not resolved.is_file():
+                return Finding(where, "something that is no file", "a file")
+            signature = _signature(path)
+            known = self._hashes.get(file.path)
+            if known is None or signature is None or known[0] != signature:
+                with resolved.open("rb") as content:
+                    # The signature taken before is kept: if the file changed meanwhile, it is hashed again next time.
+                    known = (signature, hashlib.file_digest(content, "sha256").hexdigest())
+                self._hashes[file.path] = known
+        except (OSError, RuntimeError) as error:
+            return Finding(where, getattr(error, "strerror", None) or str(error), "a readable file", "publish again")
+        if signature is not None and signature[3] != file.num_bytes:
+            return Finding(where, f"{signature[3]} bytes", f"{file.num_bytes} bytes", "it was altered; publish again")
+        if known[1] != file.sha256:
+            return Finding(where, f"sha256 {known[1]}", f"sha256 {file.sha256}", "it was altered; publish again")
+        return None
+
+    def _to_generation(self, message: generation_pb2.Generation, digest: str) -> Generation:
+        segments = {segment.name: self._to_segment(segment) for segment in sorted(message.segments, key=lambda s: s.name)}
+        tasks = {task.name: self._to_task(task) for task in sorted(message.tasks, key=lambda t: t.name)}
+        return Generation(message.number, digest, types.MappingProxyType(segments), types.MappingProxyType(tasks))
+
+    def _to_segment(self, segment: generation_pb2.Segment) -> Segment:
+        return Segment(
+            name=segment.name,
+            model=self.root / model_path(segment.name),
+            input=_to_tensor_spec(segment.input),
+            output=_to_tensor_spec(segment.output),
+            max_batch_size=segment.max_batch_size,
+            num_parameters=segment.num_parameters,
+        )
+
+    def _to_task(self, task: generation_pb2.Task) -> Task:
+        logits = np.array(task.golden.logits, dtype=np.float32).reshape(-1, len(task.labels))
+        logits.setflags(write=False)
+        return Task(
+            name=task.name,
+            path_id=task.path_id,
+            route=tuple(task.route),
+            ensemble=task.ensemble,
+            labels=tuple(task.labels),
+            image_size=task.preprocessing.image_size,
+            quality=task.quality,
+            test_accuracy=task.test_accuracy if task.HasField("test_accuracy") else None,
+            golden=Golden(self.root / task.golden.images, logits, task.golden.tolerance),
+        )
+
+
+def model_path(segment: str) -> str:
+    """Returns the path of a segment's ONNX file, relative to the repository."""
+    return f"{segment}/1/model.onnx"
+
+
+def config_path(model: str) -> str:
+    """Returns the path of a segment's or an ensemble's Triton config, relative to the repository."""
+    return f"{model}/config.pbtxt"
+
+
+def _needed_files(message: generation_pb2.Generation) -> set[str]:
+    models = [segment.name for segment in message.segments]
+    ensembles = [task.ensemble for task in message.tasks] + [ensemble.name for ensemble in message.multi_task_ensembles]
+    goldens: Iterable[str] = (task.golden.images for task in message.tasks if task.golden.images)
+    return {*map(model_path, models), *map(config_path, models), *map(config_path, ensembles), *goldens}
+
+
+def _to_tensor_spec(spec: generation_pb2.TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.name, _DATA_TYPES.get(spec.data_type, "unspecified"), tuple(spec.shape))
+
+
+def _is_plain(path: str) -> bool:
+    parts = path.split("/")
+    return bool(path) and "\\" not in path and "\0" not in path and not any(part in ("", ".", "..") for part in parts)
+
+
+def _signature(path: pathlib.Path) -> _Signature:
+    try:
+        stat = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size

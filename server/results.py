@@ -1,0 +1,207 @@
+"""What a client gets: plain immutable values, free of protos."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LabelProbability:
+    """A class and how probable it is.
+
+    Attributes:
+        index: among the task's labels.
+        label: its name.
+        probability: 0 to 1, softmax over all of the task's labels.
+    """
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Classification:
+    """What a task says of an image.
+
+    Attributes:
+        labels: the most probable classes, most probable first.
+        logits: [classes] float32 in the order of the task's labels, if asked for.
+    """
+
+    labels: tuple[LabelProbability, ...]
+    logits: npt.NDArray[np.float32] | None
+
+    @property
+    def top(self) -> LabelProbability:
+        """The most probable class."""
+        return self.labels[0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ClassifyResult:
+    """What one task says of some images.
+
+    Attributes:
+        task: who answered.
+        path_id: the path that answered for it.
+        generation: number of the generation that it belongs to.
+        classifications: one for each image, in their order.
+    """
+
+    task: str
+    path_id: str
+    generation: int
+    classifications: tuple[Classification, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TaskClassification:
+    """What one of several tasks says of an image.
+
+    Attributes:
+        task: who answered.
+        path_id: the path that answered for it.
+        classification: the answer.
+    """
+
+    task: str
+    path_id: str
+    classification: Classification
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ClassifyTasksResult:
+    """What several tasks say of one image.
+
+    Attributes:
+        generation: number of the generation that all of them belong to.
+        tasks: in the order asked for; in ascending order of name if none were named.
+    """
+
+    generation: int
+    tasks: tuple[TaskClassification, ...]
+
+    def __getitem__(self, task: str) -> Classification:
+        for answer in self.tasks:
+            if answer.task == task:
+                return answer.classification
+        raise KeyError(task)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What a server tells of a task.
+
+    Attributes:
+        name: its name.
+        path_id: the path that answers for it.
+        labels: class names in the order of the logits.
+        image_size: height and width that images are resized to, in pixels.
+        quality: validation accuracy, 0 to 1.
+        test_accuracy: test accuracy, 0 to 1; none if the task has no test split.
+        route: names of the segments that its images run through.
+    """
+
+    name: str
+    path_id: str
+    labels: tuple[str, ...]
+    image_size: int
+    quality: float
+    test_accuracy: float | None
+    route: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskList:
+    """Every task that is served.
+
+    Attributes:
+        generation: number of the generation that they belong to.
+        tasks: in ascending order of name.
+    """
+
+    generation: int
+    tasks: tuple[TaskInfo, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SegmentCounters:
+    """What a segment ran since it was loaded.
+
+    Attributes:
+        name: the segment's.
+        rows_requested: rows that tasks asked for: what would have run without sharing.
+        rows_computed: rows that ran.
+        rows_saved: the difference: computed once for several tasks of one request.
+        executions: batches that ran.
+        tasks: tasks whose route uses it now.
+        num_parameters: weights in it.
+    """
+
+    name: str
+    rows_requested: int
+    rows_computed: int
+    rows_saved: int
+    executions: int
+    tasks: tuple[str, ...]
+    num_parameters: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReloadReport:
+    """How the last reload went.
+
+    Attributes:
+        generation: the number it tried.
+        finished: when, in UTC.
+        duration_seconds: how long it took.
+        error: why it was refused; empty if it serves.
+    """
+
+    generation: int
+    finished: dt.datetime
+    duration_seconds: float
+    error: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """What a server says of itself.
+
+    Attributes:
+        generation: number of the generation that answers.
+        num_tasks: how many tasks it has.
+        started: when the server started, in UTC.
+        uptime_seconds: since then.
+        last_reload: none before the first.
+        segments: in ascending order of name.
+        engine: what computes.
+        version: of the server.
+    """
+
+    generation: int
+    num_tasks: int
+    started: dt.datetime
+    uptime_seconds: float
+    last_reload: ReloadReport | None
+    segments: tuple[SegmentCounters, ...]
+    engine: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReloadResult:
+    """What a reload came to.
+
+    Attributes:
+        generation: number of the generation that answers now.
+        changed: whether it is another one than before.
+    """
+
+    generation: int
+    changed: bool

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+
+from server.embedded.batches import Cargo, LoadedGeneration, OpenQuestion, RouteTree, gather
+from server.embedded.scheduler import Lane, Rows
+from server.engine import Question
+from server.repository import Repository
+from tests.support.repository import RepositoryBuilder, random_images
+
+
+def test_the_tree_folds_what_routes_share_from_the_image_on(tmp_path) -> None:
+    RepositoryBuilder(tmp_path).publish()
+    generation = Repository(tmp_path).read()
+    tree = RouteTree.build(generation, ["digits", "greek", "hebrew", "short"])
+    (stem,) = tree.roots
+    assert stem.num_tasks == 4
+    assert {branch.num_tasks for branch in stem.children.values()} == {3, 1}
+    # Stem, trunk, clone, top after each of the two, four heads.
+    assert tree.num_branches == 1 + 2 + 2 + 4
+    leaves = [name for branch in walk(tree) for name in branch.leaves]
+    assert sorted(leaves) == ["digits", "greek", "hebrew", "short"]
+
+
+def walk(tree: RouteTree):
+    stack = list(tree.roots)
+    while stack:
+        branch = stack.pop()
+        yield branch
+        stack += branch.children.values()
+
+
+def test_gathering_copies_only_what_does_not_lie_together(tmp_path) -> None:
+    RepositoryBuilder(tmp_path).publish()
+    generation = Repository(tmp_path).read()
+    opened = OpenQuestion(1, Question(generation, random_images(4, 8), ("digits",)), LoadedGeneration(generation), 0.0)
+    cargo = Cargo(opened, opened.tree.roots[0], np.arange(12).reshape(4, 3), 0)
+    lane = Lane("seg-a", (3,), 8)
+    one = Rows(1, lane, 1, 2, 0.0, 1.0, cargo)
+    other = Rows(1, lane, 3, 1, 0.0, 1.0, cargo)
+    assert np.shares_memory(gather([one]), cargo.values)
+    assert gather([one]).tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert gather([other, one]).tolist() == [[9, 10, 11], [3, 4, 5], [6, 7, 8]]

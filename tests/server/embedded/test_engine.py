@@ -1,0 +1,84 @@
+"""What is the embedded engine's own; what every engine promises is in tests/contract."""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+import weakref
+
+import pytest
+
+from server.embedded.engine import EmbeddedEngine
+from server.engine import Question
+from server.errors import DeadlineError, OverloadedError
+from server.generation import Generation
+from server.repository import Repository
+from tests.support.repository import RepositoryBuilder, random_images
+from tests.support.serving import ENGINE, ManualClock
+
+
+@pytest.fixture
+def generation(tmp_path: pathlib.Path) -> Generation:
+    RepositoryBuilder(tmp_path).publish()
+    return Repository(tmp_path).read()
+
+
+def test_too_much_waiting_is_refused_at_once(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE.model_copy(update={"max_waiting_rows": 64}))
+    engine.load(generation)
+    images = random_images(8, 8)
+    futures = [engine.answer(Question(generation, images, ("digits",))) for _ in range(50)]
+    errors = [future.exception() for future in futures]
+    refused = [error for error in errors if error is not None]
+    assert errors[0] is None
+    assert refused
+    assert all(isinstance(error, OverloadedError) and error.limit == 64 for error in refused)
+    # What was refused or answered weighs nothing any more, and a question above the bound is answered when it is alone.
+    assert engine.answer(Question(generation, random_images(64, 8), ("digits",))).exception() is None
+    engine.close()
+
+
+def test_deadlines_are_on_the_engines_clock(generation: Generation) -> None:
+    clock = ManualClock()
+    engine = EmbeddedEngine(ENGINE, clock)
+    engine.load(generation)
+    question = Question(generation, random_images(1, 8), ("digits",), deadline_seconds=clock.now_seconds + 1)
+    assert engine.answer(question).exception() is None
+    clock.now_seconds += 2
+    assert isinstance(engine.answer(question).exception(), DeadlineError)
+    engine.close()
+
+
+def test_several_workers_answer_the_same(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE.model_copy(update={"workers": 3}))
+    engine.load(generation)
+    images = random_images(8, 8)
+    tasks = ("digits", "greek", "hebrew", "short")
+    first = engine.answer(Question(generation, images, tasks)).result()
+    for future in [engine.answer(Question(generation, images, tasks)) for _ in range(50)]:
+        assert all((future.result()[name] == first[name]).all() for name in tasks)
+    engine.close()
+
+
+def test_nothing_of_a_question_is_kept(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE)
+    engine.load(generation)
+    images = random_images(1, 8)
+    alive = weakref.ref(images)
+    engine.answer(Question(generation, images, ("digits",))).result()
+    # The worker lets go of a batch before it waits for the next.
+    engine.answer(Question(generation, random_images(1, 8), ("digits",))).result()
+    del images
+    gc.collect()
+    assert alive() is None
+    engine.close()
+
+
+def test_sessions_are_freed_with_their_last_generation(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE)
+    engine.load(generation)
+    sessions = [weakref.ref(session) for session in engine._sessions.values()]
+    engine.unload(generation)
+    gc.collect()
+    assert [session() for session in sessions] == [None] * len(sessions)
+    engine.close()

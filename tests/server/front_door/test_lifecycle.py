@@ -1,0 +1,260 @@
+"""Deadlines, cancellation, overload, health and shutdown over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from munet.v1 import inference_pb2 as pb
+from server.client import AdminClient, AsyncClient, Client
+from server.config import Limits
+from server.errors import CallRefusedError, CallTimeoutError, ServerBusyError, ServerUnreachableError, SettingsError
+from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
+from tests.support.serving import ENGINE, serving
+
+IMAGES = random_images(64, 8, seed=2)
+
+
+@pytest.fixture
+def builder(tmp_path: pathlib.Path) -> RepositoryBuilder:
+    builder = RepositoryBuilder(tmp_path / "repository")
+    builder.publish()
+    return builder
+
+
+class Brake:
+    """Holds an engine's sessions until it is let go."""
+
+    def __init__(self, engine) -> None:
+        self.go_on = threading.Event()
+        self.entered = threading.Event()
+        for session in engine._sessions.values():
+            session.run = self._slow(session.run)
+
+    def _slow(self, run):
+        def slow(rows):
+            self.entered.set()
+            self.go_on.wait(20)
+            return run(rows)
+
+        return slow
+
+
+def test_a_deadline_frees_the_caller_and_the_engine(builder: RepositoryBuilder) -> None:
+    with serving(builder.root) as server, Client(server.address) as client:
+        brake = Brake(server.server.engine)
+        started = time.monotonic()
+        with pytest.raises(CallTimeoutError):
+            client.classify("digits", list(IMAGES), timeout_seconds=0.3)
+        assert time.monotonic() - started < 5
+        wait_until(lambda: not server.server.engine._open)
+        brake.go_on.set()
+        assert client.classify("digits", IMAGES[0]).classifications
+        # Of the late request one batch had begun; the other rows never ran.
+        route = client.get_task("digits").route
+        counters = {segment.name: segment.rows_computed for segment in server.server.engine.statistics()}
+        assert counters[route[0]] <= 8 + 1
+        assert counters[route[1]] == 1
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_cancelled_calls_cost_nothing_and_disturb_nobody(builder: RepositoryBuilder) -> None:
+    async def ask(address: str, brake: Brake) -> list[np.ndarray]:
+        async with AsyncClient(address) as client:
+            calls = [asyncio.ensure_future(client.classify("digits", IMAGES[0], include_logits=True)) for _ in range(1000)]
+            await asyncio.to_thread(brake.entered.wait, 5)
+            await asyncio.sleep(0.5)
+            for index, call in enumerate(calls):
+                if index % 100:
+                    call.cancel()
+            await asyncio.sleep(0.5)
+            brake.go_on.set()
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(result, asyncio.CancelledError) for result in results) == 990
+        return [result.classifications[0].logits for result in results[::100]]
+
+    with serving(builder.root) as server:
+        brake = Brake(server.server.engine)
+        logits = asyncio.run(ask(server.address, brake))
+        assert len({answer.tobytes() for answer in logits}) == 1
+        wait_until(lambda: not server.server.engine._open)
+        with Client(server.address) as client:
+            route = client.get_task("digits").route
+        counters = {segment.name: segment.rows_computed for segment in server.server.engine.statistics()}
+        assert counters[route[-1]] <= 20
+        assert server.server.engine._num_planned == 0
+
+
+def test_too_much_at_once_is_refused_with_a_hint(builder: RepositoryBuilder) -> None:
+    limits = Limits(max_requests_in_flight=4)
+    with serving(builder.root, limits=limits) as server, grpc.insecure_channel(server.address) as channel:
+        brake = Brake(server.server.engine)
+        unary = channel.unary_unary("/munet.v1.InferenceService/Classify")
+        image = pb.Image(raw=pb.RawImage(height=8, width=8, channels=3, data=IMAGES[0].tobytes()))
+        request = pb.ClassifyRequest(task="digits", images=[image]).SerializeToString()
+        calls = [unary.future(request, timeout=20) for _ in range(10)]
+        wait_until(lambda: sum(call.done() for call in calls) >= 6)
+        refused = [call for call in calls if call.done()]
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert ("retry-after-ms", "100") in refused[0].trailing_metadata()
+        brake.go_on.set()
+        assert sum(call.code() is grpc.StatusCode.OK for call in calls) == 4
+
+
+def test_the_engines_bound_reaches_the_caller(builder: RepositoryBuilder) -> None:
+    engine = ENGINE.model_copy(update={"max_waiting_rows": 100})
+    with serving(builder.root, engine=engine) as server, Client(server.address) as client:
+        brake = Brake(server.server.engine)
+        first = threading.Thread(target=client.classify, args=("digits", list(IMAGES)))
+        first.start()
+        assert brake.entered.wait(5)
+        with pytest.raises(ServerBusyError, match="expected at most 100"):
+            client.classify("digits", IMAGES[0])
+        brake.go_on.set()
+        first.join()
+        assert client.classify("digits", IMAGES[0]).classifications
+
+
+def check_health(address: str, service: str) -> str:
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+        except grpc.RpcError as error:
+            return error.code().name
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def test_health_by_task(builder: RepositoryBuilder) -> None:
+    with serving(builder.root) as server:
+        for service in ("", "digits", "munet.v1.InferenceService"):
+            assert check_health(server.address, service) == "SERVING"
+            assert check_health(server.admin_address, service) == "SERVING"
+        assert check_health(server.address, "unknown") == "NOT_FOUND"
+        builder.publish({"new": DIGITS})
+        with AdminClient(server.admin_address) as admin:
+            admin.reload()
+        assert check_health(server.address, "new") == "SERVING"
+        assert check_health(server.address, "digits") == "NOT_FOUND"
+
+
+def test_every_watcher_of_health_hears_of_the_end(builder: RepositoryBuilder) -> None:
+    heard: list[list[int]] = [[], [], []]
+
+    def watch(address: str, index: int) -> None:
+        with grpc.insecure_channel(address) as channel:
+            answers = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="digits"))
+            try:
+                for answer in answers:
+                    heard[index].append(answer.status)
+                    if index == 0:
+                        answers.cancel()
+            except grpc.RpcError:
+                pass
+
+    with serving(builder.root, drain_seconds=0.3) as server:
+        watchers = [threading.Thread(target=watch, args=(server.address, index)) for index in range(3)]
+        for watcher in watchers:
+            watcher.start()
+        wait_until(lambda: all(heard))
+    for watcher in watchers:
+        watcher.join()
+    assert heard == [[1], [1, 2], [1, 2]]
+
+
+def test_shutdown_finishes_what_is_in_flight_and_refuses_what_is_new(builder: RepositoryBuilder) -> None:
+    results: list[object] = []
+
+    def ask(address: str) -> None:
+        with Client(address) as client:
+            results.append(client.classify("digits", list(IMAGES)))
+
+    with serving(builder.root) as server:
+        brake = Brake(server.server.engine)
+        asking = threading.Thread(target=ask, args=(server.address,))
+        asking.start()
+        assert brake.entered.wait(5)
+        threading.Timer(0.3, brake.go_on.set).start()
+    asking.join()
+    assert len(results) == 1
+    with Client(server.address) as client, pytest.raises(ServerUnreachableError):
+        client.classify("digits", IMAGES[0], timeout_seconds=5)
+
+
+def test_shutdown_does_not_wait_for_ever(builder: RepositoryBuilder) -> None:
+    errors: list[BaseException] = []
+
+    def ask(address: str) -> None:
+        with Client(address) as client:
+            try:
+                client.classify("digits", list(IMAGES))
+            except BaseException as error:
+                errors.append(error)
+
+    with serving(builder.root, grace_seconds=0.2) as server:
+        brake = Brake(server.server.engine)
+        asking = threading.Thread(target=ask, args=(server.address,))
+        asking.start()
+        assert brake.entered.wait(5)
+        threading.Timer(1.0, brake.go_on.set).start()
+    asking.join()
+    assert len(errors) == 1
+
+
+def test_a_refused_reload_tells_why(builder: RepositoryBuilder) -> None:
+    with serving(builder.root, watch_interval_seconds=60) as server, AdminClient(server.admin_address) as admin:
+        assert admin.reload().changed is False
+        builder.publish({"digits": HEBREW})
+        assert admin.reload().generation == 2
+        builder.publish({"digits": DIGITS}, current=False)
+        builder.edit(3, lambda message: message.tasks[0].route.reverse())
+        builder.set_current(3)
+        with pytest.raises(CallRefusedError, match="FAILED_PRECONDITION") as caught:
+            admin.reload()
+        assert "generation 3 is refused: task 'digits': route" in caught.value.details
+        status = admin.status()
+        assert status.generation == 2
+        assert status.last_reload is not None
+        assert (status.last_reload.generation, status.last_reload.error) == (3, caught.value.details)
+
+
+def test_an_address_in_use_is_refused(builder: RepositoryBuilder) -> None:
+    with (
+        serving(builder.root) as server,
+        pytest.raises(SettingsError, match="listen: found"),
+        serving(builder.root, listen=server.address),
+    ):
+        pass
+
+
+@pytest.fixture
+def unreachable() -> Iterator[Client]:
+    with Client("127.0.0.1:1") as client:
+        yield client
+
+
+def test_no_server_there(unreachable: Client) -> None:
+    with pytest.raises(ServerUnreachableError, match=r"127\.0\.0\.1:1"):
+        unreachable.list_tasks(timeout_seconds=5)
+
+
+def test_words_of_any_length_reach_the_caller(builder: RepositoryBuilder) -> None:
+    with serving(builder.root, watch_interval_seconds=60) as server, AdminClient(server.admin_address) as admin:
+        builder.publish({"digits": DIGITS}, current=False)
+        builder.edit(2, lambda message: [message.files.add(path="../" + "é" * 5000) for _ in range(50)])
+        builder.set_current(2)
+        with pytest.raises(CallRefusedError, match="generation 2 is refused: files: "):
+            admin.reload()

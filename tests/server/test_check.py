@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from server.check import check
+from server.embedded.engine import EmbeddedEngine
+from server.repository import Repository
+from tests.support.repository import RepositoryBuilder
+from tests.support.serving import ENGINE
+
+
+@pytest.fixture
+def builder(tmp_path: pathlib.Path) -> RepositoryBuilder:
+    builder = RepositoryBuilder(tmp_path / "repository")
+    builder.publish()
+    return builder
+
+
+@pytest.fixture
+def engine() -> Iterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(ENGINE)
+    yield engine
+    assert engine.statistics() == []
+    engine.close()
+
+
+def findings(builder: RepositoryBuilder, engine: EmbeddedEngine) -> list[str]:
+    return [str(finding) for finding in check(Repository(builder.root), engine)[1]]
+
+
+def test_a_whole_repository_has_no_faults(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    generation, found = check(Repository(builder.root), engine)
+    assert generation is not None
+    assert found == []
+
+
+def test_every_alias_must_be_its_ensemble(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    (builder.root / "digits" / "config.pbtxt").unlink()
+    (builder.root / "greek" / "config.pbtxt").write_bytes(b"nonsense")
+    config = builder.root / "hebrew" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"hebrew"', '"other"'))
+    (builder.root / "large" / "labels.txt").write_text("a\nb\nc\nd\n")
+    found = findings(builder, engine)
+    assert len(found) == 4
+    assert [line.split("/")[0] for line in found] == ["digits", "greek", "hebrew", "large"]
+
+
+def test_every_segment_onnx_runtime_refuses_is_named(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    route = builder.read_manifest(1).tasks[0].route
+    for segment in route[:2]:
+        builder.replace_file(1, f"{segment}/1/model.onnx", b"no model")
+    found = findings(builder, engine)
+    assert len(found) == 2
+    assert all(any(segment in line for line in found) for segment in route[:2])
+
+
+def test_every_wrong_golden_answer_is_named(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    def alter(message) -> None:
+        message.tasks[0].golden.logits[0] += 1
+        message.tasks[2].golden.logits[0] = float("nan")
+
+    builder.edit(1, alter)
+    found = findings(builder, engine)
+    assert len(found) == 2
+    assert "digits" in found[0]
+    assert "a difference of 1" in found[0]
+    assert "nan" in found[1]
+
+
+def test_golden_images_that_are_none(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    path = builder.read_manifest(1).tasks[0].golden.images
+    np.save(builder.root / path, np.zeros((4, 8, 8, 3), np.float32))
+    builder.replace_file(1, path, (builder.root / path).read_bytes())
+    assert any(path in line for line in findings(builder, engine))
+    builder.replace_file(1, path, b"no array")
+    assert any(path in line for line in findings(builder, engine))

@@ -1,0 +1,214 @@
+"""The command line in real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from server.cli import main
+from server.client import AdminClient, Client
+from tests.support.images import encode
+from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
+
+READY = re.compile(
+    r"serving generation (\d+) \((\d+) tasks?\) at (127\.0\.0\.1:\d+), admin (127\.0\.0\.1:\d+)(?:, metrics (127\.0\.0\.1:\d+))?\n"
+)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-W", "error", "-m", "server.cli", *map(str, arguments)]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """As `run`, without a process: for commands that start no engine, whose thread pool would be this process's for good."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["munet-server", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+    return status, *capsys.readouterr()
+
+
+class Process:
+    """A served repository in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        match = READY.fullmatch(process.stdout.readline())
+        assert match is not None
+        self.generation, self.num_tasks, self.address, self.admin, self.metrics = match.groups()
+
+
+@contextlib.contextmanager
+def served(root: pathlib.Path, *arguments: str) -> Iterator[Process]:
+    addresses = ("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain", "0")
+    with subprocess.Popen(
+        command("serve", "--repository", root, *addresses, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield Process(process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def builder(tmp_path: pathlib.Path) -> RepositoryBuilder:
+    builder = RepositoryBuilder(tmp_path / "repository")
+    builder.publish()
+    return builder
+
+
+def test_serve_answer_watch_and_stop(
+    builder: RepositoryBuilder, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(encode(random_images(1, 20)[0]))
+    with served(builder.root, "--metrics-listen", "127.0.0.1:0") as server:
+        assert (server.generation, server.num_tasks) == ("1", "5")
+
+        status, out, _ = run("classify", "--server", server.address, "--task", "digits", "--task", "large", image, image)
+        assert status == 0
+        assert len(out.splitlines()) == 4
+        assert re.fullmatch(r".*image\.png  digits  digit \d 0\.\d+, digit \d 0\.\d+, digit \d 0\.\d+", out.splitlines()[0])
+
+        status, out, _ = run_here(capsys, "classify", "--server", server.address, "--top", "2", "--json", image)
+        (answer,) = json.loads(out)
+        assert (status, answer["generation"], sorted(answer["tasks"])) == (0, 1, ["digits", "greek", "hebrew", "large", "short"])
+        assert len(answer["tasks"]["digits"]["labels"]) == 2
+
+        status, _, err = run_here(capsys, "classify", "--server", server.address, "--task", "digit", image)
+        assert status == 2
+        assert "did you mean 'digits'?" in err
+        (tmp_path / "text.png").write_text("no image")
+        status, _, err = run_here(
+            capsys, "classify", "--server", server.address, "--task", "digits", image, tmp_path / "text.png"
+        )
+        assert status == 2
+        assert f"{tmp_path / 'text.png'}: " in err
+        status, _, err = run_here(capsys, "classify", "--server", server.address, tmp_path / "none.png")
+        assert (status, "No such file" in err) == (2, True)
+
+        builder.publish({"digits": HEBREW})
+        status, out, _ = run_here(capsys, "reload", "--admin", server.admin)
+        assert (status, out.startswith("serving generation 2")) == (0, True)
+        status, out, _ = run_here(capsys, "status", "--admin", server.admin)
+        assert (status, "generation 2, 1 tasks" in out) == (0, True)
+        status, out, _ = run_here(capsys, "status", "--admin", server.admin, "--json")
+        assert json.loads(out)["generation"] == 2
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
+            metrics = page.read().decode()
+        assert "munet_generation 2.0" in metrics
+        assert 'munet_reloads_total{outcome="served"} 2.0' in metrics
+        assert 'munet_calls_total{method="InferenceService/ClassifyTasks",status="NOT_FOUND"} 1.0' in metrics
+
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_under_load_lose_no_answer(builder: RepositoryBuilder, number: signal.Signals) -> None:
+    image = random_images(1, 8)[0]
+    stopped = threading.Event()
+    outcomes: list[str] = []
+
+    def ask(address: str) -> None:
+        with Client(address) as client:
+            while True:
+                sent = time.monotonic()
+                try:
+                    client.classify("digits", image, timeout_seconds=10)
+                    outcomes.append("answered")
+                except Exception as error:
+                    outcomes.append("refused" if stopped.is_set() and sent else repr(error))
+                    return
+
+    with served(builder.root) as server:
+        callers = [threading.Thread(target=ask, args=(server.address,)) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        time.sleep(0.3)
+        stopped.set()
+        server.process.send_signal(number)
+        assert server.process.wait(20) == 0
+        for caller in callers:
+            caller.join()
+        assert "Traceback" not in server.process.stderr.read()
+    assert set(outcomes) == {"answered", "refused"}
+    assert outcomes.count("refused") == 4
+
+
+def test_killed_and_started_again_on_the_same_address(builder: RepositoryBuilder) -> None:
+    with served(builder.root) as server:
+        address = server.address
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(20)
+    with served(builder.root, "--listen", address) as server, AdminClient(server.admin) as admin:
+        assert server.address == address
+        assert admin.status().generation == 1
+
+
+def test_check(builder: RepositoryBuilder) -> None:
+    assert run("check", "--repository", builder.root)[:2] == (
+        0,
+        f"generation 1 in {builder.root} is whole: 5 tasks, 10 segments\n",
+    )
+    files = builder.read_manifest(1).files
+    builder.alter(files[0].path)
+    (builder.root / files[3].path).unlink()
+    status, out, err = run("check", "--repository", builder.root)
+    assert (status, out) == (2, "")
+    assert files[0].path in err
+    assert files[3].path in err
+    assert err.endswith(f"generation 1 in {builder.root}: 2 faults\n")
+
+
+def test_bad_input_is_told_with_status_2(
+    builder: RepositoryBuilder, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "server.toml"
+    settings.write_text("[limits]\nmax_imagess = 3\n")
+    builder.publish({"digits": DIGITS})
+    builder.alter(builder.read_manifest(2).files[0].path)
+    cases = (
+        (("serve", "--repository", tmp_path), "without the file CURRENT"),
+        (("serve", "--repository", builder.root), "generation 2 is refused: files: "),
+        (("serve", "--listen", "nowhere"), "listen: found 'nowhere', expected HOST:PORT"),
+        (("serve", "--settings", settings), "limits.max_imagess: found 3, expected no such key"),
+        (("check", "--repository", tmp_path / "none"), "found no folder"),
+        (("status", "--admin", "127.0.0.1:1"), "UNAVAILABLE"),
+    )
+    for index, (arguments, words) in enumerate(cases):
+        status, out, err = run(*arguments) if index < 2 else run_here(capsys, *arguments)
+        assert (status, out) == (2, ""), err
+        assert words in err
+        assert "Traceback" not in err
+
+
+def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run_here(capsys, "--help")
+    assert status == 0
+    assert all(name in out for name in ("serve", "check", "classify", "status", "reload"))
+
+
+def test_the_server_never_imports_torch(builder: RepositoryBuilder) -> None:
+    code = "import server.cli, sys; print([name for name in ('torch', 'timm', 'torchvision', 'evolve') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

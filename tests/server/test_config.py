@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pathlib
+
+import pydantic
+import pytest
+
+from server.config import Limits, ServerSettings, num_usable_cpus, read_settings
+from server.errors import SettingsError
+
+
+def test_flags_override_the_file_by_name(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('listen = "0.0.0.0:9000"\ngrace_seconds = 3\n[limits]\nmax_images = 7\n[engine]\nthreads = 2\n')
+    settings = read_settings(file, {"grace_seconds": 4.0, "engine.threads": 3, "admin_listen": None})
+    assert settings.listen == "0.0.0.0:9000"
+    assert settings.grace_seconds == 4.0
+    assert settings.limits.max_images == 7
+    assert settings.engine.num_threads == 3
+    assert settings.admin_listen == "127.0.0.1:8501"
+
+
+def test_zero_threads_mean_one_for_each_cpu() -> None:
+    assert ServerSettings().engine.num_threads == num_usable_cpus() == ServerSettings().num_decode_threads
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('lissten = "x"', "lissten: found 'x', expected no such key; the keys here are admin_listen"),
+        ("[limits]\nmax_image = 1", "limits.max_image: found 1, expected no such key; the keys here are max_bytes_in_flight"),
+        ("[limits]\nmax_images = 0", "limits.max_images: found 0, expected greater than 0"),
+        ("limits = 3", "limits: found 3"),
+        ('listen = "nowhere"', "listen: found 'nowhere', expected HOST:PORT"),
+        ('listen = "127.0.0.1:99999"', "listen: found '127.0.0.1:99999', expected HOST:PORT"),
+        ('engine.device = "tpu"', "engine.device: found 'tpu'"),
+        ("watch_interval_seconds = 0", "watch_interval_seconds: found 0"),
+        ("not toml", "settings file"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(tmp_path: pathlib.Path, content: str, words: str) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(content)
+    with pytest.raises(SettingsError) as caught:
+        read_settings(file, {})
+    assert words in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SettingsError, match="settings file"):
+        read_settings(tmp_path / "none.toml", {})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(pydantic.ValidationError):
+        Limits().max_images = 3  # type: ignore[misc]

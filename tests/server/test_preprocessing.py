@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from munet.preprocessing import ImageLimits, decode, resize
+from server.errors import ImageRefusedError
+from server.preprocessing import EncodedImage, Preprocessor, RawImage
+from tests.support.images import encode
+from tests.support.repository import random_images
+
+PIXELS = random_images(1, 20)[0]
+
+
+def test_images_are_those_of_the_shared_function() -> None:
+    preprocessor = Preprocessor(2, ImageLimits())
+    sent = [EncodedImage(encode(PIXELS, "JPEG")), RawImage(20, 20, 3, PIXELS.tobytes())]
+    small, large = asyncio.run(preprocessor.to_rows(sent, [8, 40], "images[{index}]"))
+    assert (small.shape, large.shape) == ((2, 8, 8, 3), (2, 40, 40, 3))
+    assert np.array_equal(small[0], resize(decode(encode(PIXELS, "JPEG")), 8))
+    assert np.array_equal(large[1], resize(PIXELS, 40))
+    preprocessor.close()
+
+
+def test_the_first_bad_image_is_named() -> None:
+    preprocessor = Preprocessor(2, ImageLimits())
+    sent = [EncodedImage(encode(PIXELS)), EncodedImage(b"bad"), EncodedImage(b"bad")]
+    with pytest.raises(ImageRefusedError, match=r"images\[1\]: found 3 bytes"):
+        asyncio.run(preprocessor.to_rows(sent, [8], "images[{index}]"))
+    gc.collect()
+    preprocessor.close()
+
+
+def test_what_nobody_waits_for_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import server.preprocessing as module
+
+    begun = threading.Event()
+    go_on = threading.Event()
+    decoded = []
+
+    def slow(data: bytes, limits: Any) -> Any:
+        decoded.append(data)
+        begun.set()
+        go_on.wait(5)
+        return decode(data, limits)
+
+    monkeypatch.setattr(module, "decode", slow)
+    preprocessor = Preprocessor(1, ImageLimits())
+
+    async def ask() -> None:
+        waiting = asyncio.create_task(preprocessor.to_rows([EncodedImage(encode(PIXELS))] * 20, [8], "images[{index}]"))
+        await asyncio.to_thread(begun.wait, 5)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        go_on.set()
+
+    asyncio.run(ask())
+    preprocessor.close()
+    assert len(decoded) == 1
