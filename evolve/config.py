@@ -19,7 +19,7 @@ PositiveInt = Annotated[int, pydantic.Field(ge=1)]
 class Settings(pydantic.BaseModel):
     """Frozen; unknown keys are refused."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RootSettings(Settings):
@@ -130,7 +130,7 @@ class TrainingSettings(Settings):
     threads: PositiveInt = 2
 
 
-class TaskSettingsBase(Settings):
+class AnyTask(Settings):
     """What every task has.
 
     Attributes:
@@ -147,7 +147,7 @@ class TaskSettingsBase(Settings):
         return check_task_name(name)
 
 
-class FolderTask(TaskSettingsBase):
+class FolderTask(AnyTask):
     """Images in one folder per class, with or without train/, validation/ and test/ above the classes.
 
     Attributes:
@@ -160,7 +160,7 @@ class FolderTask(TaskSettingsBase):
     limit_per_class: PositiveInt | None = None
 
 
-class DigitsTask(TaskSettingsBase):
+class DigitsTask(AnyTask):
     """1,797 real handwritten digits that come with scikit-learn, 8 x 8 pixels, split 40/20/40 at random by seed.
 
     Attributes:
@@ -173,7 +173,7 @@ class DigitsTask(TaskSettingsBase):
     limit_per_class: PositiveInt | None = None
 
 
-class CharactersTask(TaskSettingsBase):
+class CharactersTask(AnyTask):
     """Letters of one script rendered from the fonts that matplotlib ships, distorted; the same images for the same settings.
 
     Attributes:
