@@ -21,7 +21,7 @@ import typer
 
 from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
-from evolve.errors import EvolveError, SettingsError
+from evolve.errors import DamagedError, EvolveError, SettingsError
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED
 from evolve.progress import ProgressObserver
@@ -69,7 +69,7 @@ def run(
     console = rich.console.Console()
     opened, active = _prepare(settings, chosen, system, console)
     plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
-    observer = ProgressObserver(console, opened.root.id)
+    observer = ProgressObserver(console)
 
     def publish(_name: str) -> None:
         if repository is not None:
@@ -102,8 +102,12 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
 @app.command()
 def verify(system: SystemFolder) -> None:
     """Hash every layer, path and task again and follow every reference."""
-    opened = System.open(system)
-    findings = opened.verify()
+    try:
+        opened = System.open(system)
+        findings = opened.verify()
+    except DamagedError as error:
+        # Not even its root can be read: that is a finding like any other.
+        findings = [str(error)]
     for finding in findings:
         typer.echo(finding, err=True)
     if findings:
@@ -119,6 +123,7 @@ def remove(
 ) -> None:
     """Remove a task. Layers that others use stay; `munet-evolve export` takes it out of the model repository."""
     opened = System.open(system)
+    opened.check_known(task)
     with opened.evolving(task), opened.publishing():
         opened.remove_task(task)
     typer.echo(f"removed {task}; run `munet-evolve export` to take it out of the model repository")
@@ -201,7 +206,7 @@ def _prepare(
     for task in pending:
         started = time.monotonic()
         data = load_task(task)
-        datasets.append((task, data))
+        datasets.append((ActiveTask(task.name, data.labels, len(data.train), data.fingerprint, task.private), data))
         counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
         console.print(
             f"{task.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({time.monotonic() - started:.1f} s)",
@@ -217,10 +222,7 @@ def _prepare(
 
         return lambda: OneByOneTrainer(data, opened.tensors, settings.training)
 
-    return opened, [
-        (ActiveTask(task.name, data.labels, len(data.train), data.fingerprint, task.private), trainer_of(data))
-        for task, data in datasets
-    ]
+    return opened, [(task, trainer_of(data)) for task, data in datasets]
 
 
 def _open_system(root: RootSettings, folder: pathlib.Path) -> System | None:

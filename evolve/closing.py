@@ -1,4 +1,4 @@
-"""Closing a search: a path becomes its task's current one, and every parent stays current."""
+"""Closing a search: a path becomes its task's current one; the parents of all current paths are current ones, or the root."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def publish_task(
             data_fingerprint=task.data_fingerprint,
             settings=settings,
         )
-        system.put_task(record)
+        # In this order: a crash in between leaves every parent current, and whoever closes again ends alike.
         if old is not None and old.path_id != path.id:
             system.replace_parent(old.path_id, old.parent_id)
+        system.put_task(record)
     return record

@@ -6,6 +6,7 @@
     ├── CheckpointError         a root cannot be loaded, or is of an architecture that is not supported
     ├── SystemFolderError       a folder is no system, of a newer format, or cannot be written
     │   └── DamagedError        a file of a system is missing or altered
+    ├── TrainerError            a trainer of somebody's own does not keep its promises
     ├── BusyError               another process is evolving the same task
     └── ExportError             a path cannot be published
 
@@ -43,6 +44,15 @@ class SystemFolderError(EvolveError):
 
 class DamagedError(SystemFolderError):
     """A file of a system is missing or altered."""
+
+
+class TrainerError(EvolveError):
+    """A trainer does not keep the promises of evolve.generation.Trainer."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(
+            f"found {found} from the trainer", expected, "mend the trainer; evolve.generation says what it must answer"
+        )
 
 
 class BusyError(EvolveError):

@@ -174,6 +174,14 @@ class Trainer(Protocol):
     and however often they are trained. A trainer never changes a stored layer.
     """
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What its results depend on beside plan, data and settings, such as the device type and versions of libraries.
+
+        A search that was begun with one identity is not gone on with under another.
+        """
+        ...
+
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """Trains every child of a generation and yields each once, in packs, as they finish.
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evolve.errors import DamagedError, SystemFolderError
+from munet.files import make_folder, sync_folder
 
 FORMAT = 1
 """Version of the records."""
@@ -39,16 +40,17 @@ class Journal:
         """Opens a journal, made if missing; a torn last line is cut off.
 
         Raises:
-            DamagedError: a line that is not the last is altered.
+            DamagedError: a line that was written whole is altered.
             SystemFolderError: the file cannot be opened for writing.
         """
         self.file = file
         self.records, length = _parse(file)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             os.ftruncate(self._descriptor, length)
             os.lseek(self._descriptor, 0, os.SEEK_END)
+            sync_folder(file.parent)
         except OSError as error:
             raise _unwritable(file, error) from error
 
@@ -83,7 +85,7 @@ def read_journal(file: pathlib.Path) -> list[Record]:
     """Returns the whole records of a journal without touching it; a torn last line is left out.
 
     Raises:
-        DamagedError: a line that is not the last is altered.
+        DamagedError: a line that was written whole is altered.
     """
     return _parse(file)[0]
 
@@ -112,13 +114,12 @@ def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
     for number, line in enumerate(lines):
         record = _parse_line(line, number)
         if record is None:
-            if number + 1 < len(lines):
-                raise DamagedError(
-                    f"found an altered line {number + 1} in {file}",
-                    "what was written",
-                    "restore the file, or remove it to start over",
-                )
-            break
+            # A write that was cut short never left its line break, the last byte, behind.
+            raise DamagedError(
+                f"found an altered line {number + 1} in {file}",
+                "what was written",
+                "restore the file, or remove it to start over",
+            )
         records.append(record)
         length += len(line) + 1
     return records, length

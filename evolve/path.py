@@ -144,9 +144,9 @@ def check_layers(layers: tuple[PlacedLayer, ...], *, with_head: bool) -> None:
     for position, layer in layers:
         if layer.kind is not position.kind:
             raise ValueError(f"found a {layer.kind} at {position}")
-    widths = {layer.spec.integer("width") for _, layer in layers}
+    widths = {layer.spec.config.get("width") for _, layer in layers}
     if len(widths) > 1:
-        raise ValueError(f"found layers of widths {sorted(widths)} in one path, expected one width")
+        raise ValueError(f"found layers of widths {sorted(map(str, widths))} in one path, expected one width")
     adapter_widths = {layer.spec.integer("adapter_width") for _, layer in layers if layer.kind is LayerKind.ADAPTER}
     if len(adapter_widths) > 1:
         raise ValueError(f"found adapters of widths {sorted(adapter_widths)} in one path, expected one width")

@@ -21,17 +21,10 @@ class ProgressObserver:
     line per generation and per closed task.
     """
 
-    def __init__(self, console: rich.console.Console, root_id: str) -> None:
-        """Prints to a console.
-
-        Args:
-            console: where to print; decides whether it is a terminal.
-            root_id: id of the root path, to name it.
-        """
+    def __init__(self, console: rich.console.Console) -> None:
+        """Prints to a console, which decides whether it is a terminal."""
         self._console = console
         self._live = console.is_terminal
-        self._root_id = root_id
-        self._names: dict[str, str] = {root_id: "root"}
         self._bar: rich.progress.Progress | None = None
         self._row: rich.progress.TaskID | None = None
         self._started = 0.0
@@ -44,16 +37,15 @@ class ProgressObserver:
     def search_opened(self, task: str, round_number: int, seeds: Sequence[Path], num_children: int, reused: int) -> None:
         """Starts a bar or prints a line."""
         self._task, self._started, self._best, self._survivors = task, time.monotonic(), 0.0, 0
-        self._done, self._total = reused, num_children
-        self._names.update({seed.id: seed.task or "root" for seed in seeds})
-        names = ", ".join(self._names[seed.id] for seed in seeds)
+        self._done, self._total = 0, num_children
+        names = ", ".join(seed.task or "root" for seed in seeds)
         going_on = f", going on after {reused}" if reused else ""
         self._say(f"{task}: round {round_number + 1}, {num_children} children from {names}{going_on}")
         if self._live:
             columns = rich.progress.Progress.get_default_columns()
             self._bar = rich.progress.Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._row = self._bar.add_task(task, total=num_children, completed=reused)
+            self._row = self._bar.add_task(task, total=num_children)
 
     def generation_planned(self, plan: GenerationPlan) -> None:
         """Nothing to show before results come."""
@@ -75,7 +67,6 @@ class ProgressObserver:
     def search_closed(self, task: str, path: Path, record: TaskRecord) -> None:
         """Ends the bar and prints the result."""
         self.stop()
-        self._names[path.id] = task
         test = "" if record.test_accuracy is None else f", test accuracy {record.test_accuracy:.4f}"
         seconds = time.monotonic() - self._started
         self._say(f"{task}: quality {record.quality:.4f}{test}, {path.num_blocks} blocks, path {path.id[:8]}, {seconds:.1f} s")

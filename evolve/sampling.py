@@ -98,7 +98,7 @@ def sample_child(
         spec = _spec(position, hyperparameters, surroundings)
         source = _look_up(position, spec, lineage, surroundings)
         origin = _origin(position, source, surroundings, rate, generator, mutated=mutated)
-        if origin is Origin.CLONED:
+        if mutated and origin is Origin.CLONED:
             mutations.append(f"{position}: clone")
         layers.append(LayerPlan(position, spec, origin, source))
     return ChildPlan(index, lineage[0].id, hyperparameters, tuple(layers), tuple(mutations), seed=generator.getrandbits(63))

@@ -1,6 +1,6 @@
 """The search: one round of one task, generation by generation, and the rounds over all tasks.
 
-Source: muNet (arXiv 2205.10937), the search method. Where munet differs on purpose, docs/decisions says so.
+Source: muNet (arXiv 2205.10937), the search method. Where munet differs on purpose, docs/decisions/0003 says so.
 
 Everything that is decided follows from the journal's first record (settings, data, the snapshot of the system taken when the search
 opened) and from the results of training. So a search that was killed is simply run again: decisions repeat themselves, results that
@@ -16,18 +16,18 @@ from typing import Any, Protocol
 
 from evolve.closing import ActiveTask, publish_task
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
-from evolve.errors import DamagedError, DataError, SettingsError
-from evolve.generation import ChildPlan, ChildResult, GenerationPlan, Trainer, TrainingLength
+from evolve.errors import DamagedError, SettingsError, TrainerError
+from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Trainer, TrainingLength
 from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
-from evolve.journal import FORMAT, Journal, Record
-from evolve.layer import PATCH_EMBED, Layer, Position
+from evolve.journal import Record
+from evolve.layer import PATCH_EMBED, Layer
 from evolve.mutation import select_tunables, step_hyperparameters
+from evolve.opening import open_search
 from evolve.path import Path, PlacedLayer
 from evolve.population import Member, Population
 from evolve.sampling import Surroundings, derive_generator, derive_seed, sample_child
 from evolve.scoring import accounted_parameters, reference_parameters, score, sharing_counts
 from evolve.selection import choose_parent
-from evolve.snapshot import Snapshot
 from evolve.store import System, TaskRecord
 
 
@@ -61,7 +61,7 @@ class Observer(Protocol):
     """Told what happens, for progress a person can follow. Methods return at once and never raise."""
 
     def search_opened(self, task: str, round_number: int, seeds: Sequence[Path], num_children: int, reused: int) -> None:
-        """A search of `num_children` children opened; the results of `reused` of them are in the journal already."""
+        """A search of `num_children` children opened; the results of `reused` of them are in the journal already and are told first."""
 
     def generation_planned(self, plan: GenerationPlan) -> None:
         """Children were sampled and go to the trainer."""
@@ -130,10 +130,8 @@ class _Search:
         self.plan = plan
         self.observer = observer
         self.started = time.monotonic()
-        record = system.tasks().get(task.name)
-        self.round = record.rounds if record is not None else 0
-        self.journal = Journal(system.folder / "journal" / f"{task.name}-{self.round + 1:04d}.jsonl")
-        self.snapshot = self._open_snapshot()
+        opened = open_search(system, task, plan.to_dict(), trainer.identity)
+        self.round, self.snapshot, self.journal = opened.round, opened.snapshot, opened.journal
         self.seeds = self.snapshot.seeds(task.name, plan.search.seed_limit)
         others = self.snapshot.others(task.name)
         self.sharing = sharing_counts(others)
@@ -182,47 +180,6 @@ class _Search:
 
     # Opening
 
-    def _open_snapshot(self) -> Snapshot:
-        """Returns the snapshot of the journal if it has one, else takes one and writes it there."""
-        opened = self.journal.of_type("open")
-        if not opened:
-            snapshot = Snapshot.of(self.system)
-            self._check_data(snapshot.records.get(self.task.name))
-            self.journal.append("open", {**self._identity(), "snapshot": snapshot.to_list()})
-            return snapshot
-        for name, expected in self._identity().items():
-            if opened[0].get(name) != expected:
-                raise SettingsError(
-                    f"found an unfinished search of task {self.task.name!r} with {name} {opened[0].get(name)!r}",
-                    f"{expected!r}",
-                    f"finish it with the settings it began with, or remove {self.journal.file} to start it over",
-                )
-        return Snapshot.from_list(self.system, opened[0]["snapshot"])
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a search to go on. `rounds` may grow: it shapes no decision of this round."""
-        settings = self.plan.to_dict()
-        del settings["search"]["rounds"]
-        return {
-            "format": FORMAT,
-            "system": self.system.id,
-            "task": self.task.name,
-            "round": self.round,
-            "root": self.system.root.id,
-            "data_fingerprint": self.task.data_fingerprint,
-            "labels": list(self.task.labels),
-            "private": self.task.private,
-            "settings": settings,
-        }
-
-    def _check_data(self, record: TaskRecord | None) -> None:
-        if record is not None and record.data_fingerprint != self.task.data_fingerprint:
-            raise DataError(
-                f"found data of task {self.task.name!r} with fingerprint {self.task.data_fingerprint}",
-                f"{record.data_fingerprint}, what its current path was evolved on",
-                "use the same data, another task name, or `munet-evolve remove` the task first",
-            )
-
     def _open_population(self) -> None:
         record = self.snapshot.records.get(self.task.name)
         if record is not None:
@@ -268,8 +225,19 @@ class _Search:
         """Returns the path, then its ancestors from near to far, the root last."""
         lineage = [path]
         while lineage[-1].id != self.system.root.id:
-            lineage.append(self.paths[self.parents[lineage[-1].id]])
-        return lineage
+            parent_id = self.parents[lineage[-1].id]
+            if parent_id not in self.paths:
+                raise DamagedError(
+                    f"found path {parent_id} as the parent of {lineage[-1].id}, but current for no task",
+                    "a current path or the root",
+                    "`munet-evolve verify` says what is wrong",
+                )
+            lineage.append(self.paths[parent_id])
+        # A task may have become private after others descended from it: from then on its layers are its own.
+        return [ancestor for ancestor in lineage if ancestor is path or not self._is_closed_to_us(ancestor)]
+
+    def _is_closed_to_us(self, path: Path) -> bool:
+        return path.task not in (None, self.task.name) and self.snapshot.records[path.task].private
 
     # Training
 
@@ -282,13 +250,16 @@ class _Search:
             for child in pack["children"]
         }
         missing = tuple(child for child in generation.children if child.index not in known)
+        for index, row in known.items():
+            self.observer.child_finished(generation.children[index], row)
         if missing:
             for pack in self.trainer.train(dataclasses.replace(generation, children=missing)):
                 rows = [self._judge(generation.children[result.index], result) for result in pack.children]
-                self.journal.append("pack", {"generation": generation.index, "children": rows})
-                for row in self.journal.records[-1]["children"]:
+                for row in self.journal.append("pack", {"generation": generation.index, "children": rows})["children"]:
                     known[row["index"]] = row
                     self.observer.child_finished(generation.children[row["index"]], row)
+        if len(known) != len(generation.children):
+            raise TrainerError(f"{len(known)} results", f"{len(generation.children)}, one for each child of the generation")
         for child in generation.children:
             row = known[child.index]
             if row["survived"]:
@@ -299,13 +270,7 @@ class _Search:
 
     def _judge(self, child: ChildPlan, result: ChildResult) -> dict[str, Any]:
         """Scores a trained child, stores it if it survives, and returns what the journal says of it."""
-        made = {position: _made(child, position, result) for position in result.trained}
-        placed = []
-        for plan in child.layers:
-            layer = made[plan.position] if plan.trainable else plan.source
-            if layer is None:
-                raise ValueError(f"the trainer gave no weights for {plan.position} of child {child.index}")
-            placed.append(PlacedLayer(plan.position, layer))
+        placed = [PlacedLayer(plan.position, _layer_of(plan, result)) for plan in child.layers]
         path = Path.of(
             task=self.task.name,
             layers=placed,
@@ -422,6 +387,10 @@ def check_image_size(patch_size: int, image_size: int) -> None:
         )
 
 
-def _made(child: ChildPlan, position: Position, result: ChildResult) -> Layer:
-    plan = next(plan for plan in child.layers if plan.position == position)
-    return Layer.of(plan.spec, result.trained[position])
+def _layer_of(plan: LayerPlan, result: ChildResult) -> Layer:
+    """Returns a layer of a trained child."""
+    if not plan.trainable and plan.source is not None:
+        return plan.source
+    if plan.position not in result.trained:
+        raise TrainerError(f"no weights of {plan.position} of child {result.index}", "those of every trainable layer")
+    return Layer.of(plan.spec, result.trained[plan.position])

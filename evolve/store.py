@@ -6,7 +6,8 @@
     tasks/<name>.json       a task: which path is current, and what the search must remember of it
     examples/<hash>.npy     a few validation images of a task
     journal/<task>-0001.jsonl   the record of one search, see evolve.journal
-    locks/                  held while a task is being evolved
+    journal/removed/        those of tasks that were removed
+    locks/                  held while a task is being evolved, records are changed or the system is being created
 
 Layers, paths and examples never change once written; only a task's file is replaced, in one rename. A crash at any moment leaves files
 that nothing refers to, never a torn one.
@@ -32,6 +33,7 @@ import safetensors.numpy
 
 from evolve.errors import BusyError, DamagedError, SystemFolderError
 from evolve.hyperparameters import Hyperparameters
+from evolve.journal import read_journal
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import resample
@@ -125,22 +127,23 @@ class System:
             SystemFolderError: the folder holds a system already or cannot be written.
             ValueError: the layers do not chain.
         """
-        if System.exists(folder):
-            raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
         system_id = secrets.token_hex(8)
         blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
-        placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
-        num_blocks = sum(position.kind is LayerKind.BLOCK for position in layers)
-        root = Path.of(
-            task=None,
-            layers=placed,
-            hyperparameters=Hyperparameters(num_blocks=num_blocks, image_size=image_size),
-            parent_id=None,
-            quality=None,
-        )
-        blank.put_path(root)
-        document = {"format": FORMAT, "id": system_id, "root": root.id, "root_source": dict(root_source or {})}
-        blank._write(folder / "system.json", _to_json(document))
+        with blank._locked("system", wait=True):
+            if System.exists(folder):
+                raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
+            placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
+            num_blocks = sum(position.kind is LayerKind.BLOCK for position in layers)
+            root = Path.of(
+                task=None,
+                layers=placed,
+                hyperparameters=Hyperparameters(num_blocks=num_blocks, image_size=image_size),
+                parent_id=None,
+                quality=None,
+            )
+            blank.put_path(root)
+            document = {"format": FORMAT, "id": system_id, "root": root.id, "root_source": dict(root_source or {})}
+            blank._write(folder / "system.json", _to_json(document))
         return System.open(folder)
 
     @staticmethod
@@ -251,22 +254,39 @@ class System:
         self._write(self._task_file(record.name), _to_json(dataclasses.asdict(record)))
 
     def remove_task(self, name: str) -> None:
-        """Forgets a task; its path and layers stay until they are collected. The caller holds `publishing`.
+        """Forgets a task, also one of which there is but an unfinished search; its path and layers stay until they are collected.
 
-        Tasks whose parent was its path get its own parent.
+        Tasks whose parent was its path get its own parent. The caller holds `publishing` and the task's lock.
 
         Raises:
             SystemFolderError: the system has no such task.
         """
-        records = self.tasks()
-        if name not in records:
-            raise SystemFolderError(f"found no task {name!r} in {self.folder}", f"one of {sorted(records)}")
-        self.replace_parent(records[name].path_id, records[name].parent_id)
+        self.check_known(name)
+        record = self.tasks().get(name)
+        if record is not None:
+            self.replace_parent(record.path_id, record.parent_id)
         try:
             self._set_journals_aside(name)
-            self._task_file(name).unlink()
+            self._task_file(name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
+
+    def check_known(self, name: str) -> None:
+        """Checks that there is a task, or an unfinished search of one.
+
+        Raises:
+            SystemFolderError: there is neither.
+        """
+        unfinished = {file.stem.rpartition("-")[0] for file in (self.folder / "journal").glob("*-????.jsonl")}
+        known = sorted(unfinished | self.tasks().keys())
+        if name not in known:
+            raise SystemFolderError(
+                f"found no task {name!r} in {self.folder}", f"one of {known}" if known else "a system with tasks"
+            )
+
+    def journal_file(self, task: str, round_number: int) -> pathlib.Path:
+        """Returns where the journal of a round is, counted from 0."""
+        return self.folder / "journal" / f"{task}-{round_number + 1:04d}.jsonl"
 
     def _set_journals_aside(self, name: str) -> None:
         """Moves a task's journals to journal/removed/, so that a later task of that name starts afresh."""
@@ -354,6 +374,8 @@ class System:
             findings += _findings(self.path, file.stem)
         for file in sorted((self.folder / "tasks").glob("*.json")):
             findings += _findings(self._verify_task, file)
+        for file in sorted((self.folder / "journal").rglob("*.jsonl")):
+            findings += _findings(read_journal, file)
         return findings
 
     def _verify_layer(self, layer_id: str) -> None:
@@ -367,7 +389,10 @@ class System:
         path = self.path(record.path_id)
         if path.task != record.name:
             raise DamagedError(f"found path {path.id} of task {path.task!r} current for {record.name!r}", "one of its own")
-        self.path(record.parent_id)
+        if record.parent_id not in {other.path_id for other in self.tasks().values()} | {self.root.id}:
+            raise DamagedError(
+                f"found path {record.parent_id} as the parent of task {record.name!r}", "a current path or the root"
+            )
         images = self.examples(record)
         found = hashlib.sha256((self.folder / "examples" / record.examples).read_bytes()).hexdigest()[:16]
         if f"{found}.npy" != record.examples or images.dtype != np.uint8:

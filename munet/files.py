@@ -18,7 +18,7 @@ def write_atomically(target: pathlib.Path, data: bytes) -> None:
     Raises:
         OSError: the folder cannot be written or the disk is full; the target is as it was.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     temporary = pathlib.Path(name)
     try:
@@ -32,6 +32,21 @@ def write_atomically(target: pathlib.Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder, and those above it, durable; nothing happens if it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
+import timm
 import torch
 
 from evolve.config import TrainingSettings
@@ -112,6 +113,11 @@ class OneByOneTrainer:
         # Only the sizes in use last are kept: images of one size can fill a device.
         self._training: tuple[int, DeviceImages] | None = None
         self._validation: tuple[tuple[int, int], DeviceImages] | None = None
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """See Trainer.identity."""
+        return {"device": self._device.type, "torch": torch.__version__, "timm": timm.__version__}
 
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """See Trainer.train. Yields the children in the order of the plan.

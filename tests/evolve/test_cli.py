@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from evolve import cli
 from evolve.root import save_root
 from evolve.store import System
 from evolve.vit import reference_logits
-from tests.support.processes import evolve
+from tests.support.processes import environment, evolve
 from tests.support.system import IMAGE_SIZE, random_tensors, root_specs
 
 SETTINGS = f"""
@@ -208,6 +211,45 @@ def test_verify_exits_1_and_names_what_is_damaged(folder, monkeypatch, capsys):
     capsys.readouterr()
     assert _main(monkeypatch, "verify", "--system", folder / "system") == 1
     assert file.stem in capsys.readouterr().err
+
+
+def test_verify_exits_1_if_not_even_the_root_can_be_read(folder, monkeypatch, capsys):
+    assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 0
+    for file in (folder / "system" / "layers").glob("*/*.safetensors"):
+        file.write_bytes(b"")
+    assert _main(monkeypatch, "verify", "--system", folder / "system") == 1
+    assert "no readable layer" in capsys.readouterr().err
+
+
+def test_removing_what_is_not_there_leaves_no_trace(folder, monkeypatch, capsys):
+    assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 0
+    before = sorted(folder.rglob("*"))
+    for name in ("colour", "../../x"):
+        assert _main(monkeypatch, "remove", "--system", folder / "system", "--task", name) == 2
+        assert f"no task {name!r}" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
+    file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 600") + COLOURS)
+    command = [sys.executable, "-m", "evolve.cli", "run", str(file), "--system", str(folder / "system")]
+    journal = folder / "system" / "journal" / "colours-0001.jsonl"
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (journal.exists() and journal.read_text().count('"type": "pack"') > 3):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    _write(folder, SETTINGS + COLOURS)
+    other = evolve("run", file, "--system", folder / "system")
+    assert other.returncode == 2
+    assert "search.children_per_task = 600 then and 6 now" in other.stderr
+    assert evolve("remove", "--system", folder / "system", "--task", "colours").returncode == 0
+    assert evolve("run", file, "--system", folder / "system").returncode == 0
 
 
 def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):

@@ -48,7 +48,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path):
         assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [0, 1])
+@pytest.mark.parametrize("line", [0, 1, 2])
 def test_an_altered_line_is_named(tmp_path, line):
     file = tmp_path / "a.jsonl"
     _written(file)

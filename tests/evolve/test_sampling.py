@@ -1,9 +1,7 @@
 """How a child is sampled: inheritance, each mutation on its own, and the look-up of layers."""
 
 import random
-from collections.abc import Mapping
 
-import numpy as np
 import pytest
 
 from evolve.generation import ChildPlan, Origin
@@ -14,7 +12,6 @@ from evolve.layer import (
     PATCH_EMBED,
     POS_EMBED,
     LayerKind,
-    Position,
     adapter_position,
     block_position,
 )
@@ -23,7 +20,7 @@ from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.sampling import Surroundings, derive_generator, derive_seed, sample_child
 from evolve.specs import adapter_spec, head_spec
 from evolve.store import System
-from tests.support.fake_trainer import WIDTH, tiny_root
+from tests.support.fake_trainer import WIDTH, derive_path, tiny_root
 
 DEFAULTS = Hyperparameters(num_blocks=3)
 EVERY = tunables(max_blocks=3, patch_size=16)
@@ -44,27 +41,6 @@ def _surroundings(system: System, *, frozen=(), rate=0.0, names=None, classes=5)
         tunables=[t for t in EVERY if t.group is not Group.DATA and (names is None or t.name in names)],
         mutation_rate=rate,
     )
-
-
-def _derive(system: System, parent: Path, task: str, own: Mapping[Position, float], **changes) -> Path:
-    """A path that has layers of its own at some positions; the number tells their weights apart."""
-    hyperparameters = parent.hyperparameters.replace(**changes)
-    adapters = {p.block for p in own if p.kind is LayerKind.ADAPTER} | {
-        b for b in parent.adapter_blocks if b < hyperparameters.num_blocks
-    }
-    placed = []
-    for position in ordered_positions(hyperparameters.num_blocks, adapters):
-        layer = parent.find(position)
-        if position in own:
-            if position == HEAD:
-                spec = head_spec(WIDTH, 5)
-            elif position.kind is LayerKind.ADAPTER:
-                spec = adapter_spec(WIDTH, hyperparameters.adapter_width)
-            else:
-                spec = system.root.layer(position).spec
-            layer = system.put_layer(spec, {"weight": np.full(7, own[position], dtype=np.float32)})
-        placed.append(PlacedLayer(position, layer))
-    return Path.of(task=task, layers=placed, hyperparameters=hyperparameters, parent_id=parent.id, quality=0.5)
 
 
 def _sample(lineage, surroundings, *, data=DEFAULTS, mutated=True, generator=None) -> ChildPlan:
@@ -89,7 +65,7 @@ def test_the_first_child_of_the_root_trains_nothing_but_a_new_head(system):
 
 
 def test_an_unmutated_child_keeps_the_seeds_structure_and_optimiser_but_not_its_data_hyperparameters(system):
-    other = _derive(
+    other = derive_path(
         system,
         system.root,
         "other",
@@ -142,7 +118,7 @@ def test_each_mutation_happens_on_its_own_at_the_given_rate(system):
 
 
 def test_own_layers_are_trained_on_and_frozen_ones_shared(system):
-    own = _derive(system, system.root, "active", {block_position(1): 1.0, NORM: 1.0, HEAD: 1.0})
+    own = derive_path(system, system.root, "active", {block_position(1): 1.0, NORM: 1.0, HEAD: 1.0})
     child = _sample([own, system.root], _surroundings(system))
     assert _origins(child)["block.1"] == "continued"
     assert _origins(child)["norm"] == "continued"
@@ -153,14 +129,14 @@ def test_own_layers_are_trained_on_and_frozen_ones_shared(system):
 
 
 def test_own_layers_that_another_task_uses_are_frozen(system):
-    own = _derive(system, system.root, "active", {block_position(1): 1.0, NORM: 1.0, HEAD: 1.0})
+    own = derive_path(system, system.root, "active", {block_position(1): 1.0, NORM: 1.0, HEAD: 1.0})
     child = _sample([own, system.root], _surroundings(system, frozen={own.layer(block_position(1)).id}))
     assert _origins(child)["block.1"] == "shared"
 
 
 def test_the_head_comes_from_the_nearest_ancestor_of_the_task_even_through_another_tasks_path(system):
-    own = _derive(system, system.root, "active", {NORM: 1.0, HEAD: 1.0})
-    other = _derive(system, own, "other", {NORM: 2.0, HEAD: 2.0})
+    own = derive_path(system, system.root, "active", {NORM: 1.0, HEAD: 1.0})
+    other = derive_path(system, own, "other", {NORM: 2.0, HEAD: 2.0})
     surroundings = _surroundings(system, frozen=other.layer_ids)
     for mutated in (False, True):
         child = _sample([other, own, system.root], surroundings, mutated=mutated)
@@ -169,25 +145,25 @@ def test_the_head_comes_from_the_nearest_ancestor_of_the_task_even_through_anoth
 
 
 def test_a_head_of_another_number_of_classes_is_new(system):
-    own = _derive(system, system.root, "active", {NORM: 1.0, HEAD: 1.0})
+    own = derive_path(system, system.root, "active", {NORM: 1.0, HEAD: 1.0})
     child = _sample([own, system.root], _surroundings(system, classes=6))
     assert child.layers[-1].origin is Origin.NEW
     assert child.layers[-1].spec == head_spec(WIDTH, 6)
 
 
 def test_a_head_that_equals_another_tasks_is_trained_all_the_same(system):
-    own = _derive(system, system.root, "active", {NORM: 1.0, HEAD: 1.0})
+    own = derive_path(system, system.root, "active", {NORM: 1.0, HEAD: 1.0})
     child = _sample([own, system.root], _surroundings(system, frozen={own.layer(HEAD).id}), mutated=False)
     assert child.layers[-1].origin is Origin.CLONED
 
 
 def test_removing_blocks_takes_the_top_ones_with_their_adapters_and_restoring_finds_them_again(system):
-    parent = _derive(system, system.root, "active", {adapter_position(2): 1.0, block_position(2): 1.0, NORM: 1.0, HEAD: 1.0})
+    parent = derive_path(system, system.root, "active", {adapter_position(2): 1.0, block_position(2): 1.0, NORM: 1.0, HEAD: 1.0})
     removed = _search_for(system, [parent, system.root], lambda child: child.hyperparameters.num_blocks == 2)
     assert [str(plan.position) for plan in removed.layers if plan.position.kind in (LayerKind.BLOCK, LayerKind.ADAPTER)] == [
         "block.0", "block.1",
     ]  # fmt: skip
-    shorter = _derive(system, parent, "active", {NORM: 2.0, HEAD: 2.0}, num_blocks=2)
+    shorter = derive_path(system, parent, "active", {NORM: 2.0, HEAD: 2.0}, num_blocks=2)
     restored = _search_for(system, [shorter, parent, system.root], lambda child: child.hyperparameters.num_blocks == 3)
     by_position = {plan.position: plan for plan in restored.layers}
     assert by_position[block_position(2)].source == parent.layer(block_position(2))
@@ -214,8 +190,8 @@ def _half_rate(surroundings: Surroundings) -> Surroundings:
 
 
 def test_an_inserted_adapter_takes_an_ancestors_trained_one_before_a_new_one(system):
-    ancestor = _derive(system, system.root, "other", {adapter_position(1): 3.0, NORM: 1.0, HEAD: 1.0})
-    parent = _derive(system, system.root, "second", {NORM: 2.0, HEAD: 2.0})
+    ancestor = derive_path(system, system.root, "other", {adapter_position(1): 3.0, NORM: 1.0, HEAD: 1.0})
+    parent = derive_path(system, system.root, "second", {NORM: 2.0, HEAD: 2.0})
     surroundings = _surroundings(system, rate=1.0, names=(), frozen=ancestor.layer_ids | parent.layer_ids)
     child = _sample([parent, ancestor, system.root], surroundings)
     by_position = {plan.position: plan for plan in child.layers}
@@ -225,7 +201,9 @@ def test_an_inserted_adapter_takes_an_ancestors_trained_one_before_a_new_one(sys
 
 
 def test_another_adapter_width_replaces_all_adapters_of_the_path(system):
-    parent = _derive(system, system.root, "active", {adapter_position(0): 1.0, adapter_position(2): 1.0, NORM: 1.0, HEAD: 1.0})
+    parent = derive_path(
+        system, system.root, "active", {adapter_position(0): 1.0, adapter_position(2): 1.0, NORM: 1.0, HEAD: 1.0}
+    )
     surroundings = _surroundings(system, names={"adapter_width"}, rate=0.5)
     for number in range(100):
         child = _sample([parent, system.root], surroundings, generator=random.Random(number))
@@ -252,7 +230,7 @@ def test_a_resampled_position_embedding_is_frozen_even_if_only_the_own_path_uses
         task="active",
         layers=[
             PlacedLayer(position, resampled if position == POS_EMBED else layer)
-            for position, layer in _derive(system, system.root, "active", {NORM: 1.0, HEAD: 1.0}).layers
+            for position, layer in derive_path(system, system.root, "active", {NORM: 1.0, HEAD: 1.0}).layers
         ],
         hyperparameters=DEFAULTS.replace(image_size=48),
         parent_id=system.root.id,
@@ -263,7 +241,7 @@ def test_a_resampled_position_embedding_is_frozen_even_if_only_the_own_path_uses
 
 
 def test_data_hyperparameters_of_the_generation_replace_the_parents(system):
-    own = _derive(system, system.root, "active", {NORM: 1.0, HEAD: 1.0}, image_size=64, flip=False)
+    own = derive_path(system, system.root, "active", {NORM: 1.0, HEAD: 1.0}, image_size=64, flip=False)
     child = _sample([own, system.root], _surroundings(system), data=DEFAULTS.replace(brightness=0.1))
     assert child.hyperparameters == DEFAULTS.replace(brightness=0.1)
 

@@ -192,3 +192,50 @@ def test_nothing_but_whole_files_is_left_by_a_kill_while_writing(tmp_path):
             pass
         process.kill()
     assert System.open(folder).verify() == []
+
+
+def test_two_processes_that_create_one_system_agree_on_one(tmp_path):
+    script = (
+        "import pathlib, sys\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from evolve.errors import SystemFolderError\n"
+        "from evolve.store import System\n"
+        "from tests.support.fake_trainer import tiny_root\n"
+        "sys.stdin.read(1)\n"
+        "try:\n"
+        "    system = System.create(pathlib.Path(sys.argv[1]), tiny_root(int(sys.argv[3])), 32)\n"
+        "    print(system.id, system.root.id)\n"
+        "except SystemFolderError as error:\n"
+        "    print(error)\n"
+    )
+    here = str(pathlib.Path(__file__).parents[2])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "system"), here, str(blocks)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for blocks in (2, 3)
+    ]
+    outputs = [process.communicate("x")[0].strip() for process in processes]
+    opened = System.open(tmp_path / "system")
+    assert f"{opened.id} {opened.root.id}" in outputs
+    assert any("found a system in" in output for output in outputs)
+    assert opened.verify() == []
+
+
+def test_an_unfinished_search_can_be_removed_too(system):
+    system.journal_file("a", 0).parent.mkdir()
+    system.journal_file("a", 0).touch()
+    system.remove_task("a")
+    assert not system.journal_file("a", 0).exists()
+    with pytest.raises(SystemFolderError, match="no task 'a'"):
+        system.remove_task("a")
+
+
+def test_verify_reads_the_journals(system):
+    file = system.journal_file("a", 0)
+    file.parent.mkdir()
+    file.write_text("no record\n")
+    assert any("altered line 1" in finding for finding in system.verify())

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from munet.files import sha256_of, write_atomically
+from munet.files import make_folder, sha256_of, write_atomically
 
 
 def test_writes_and_replaces(tmp_path):
@@ -28,3 +28,18 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         write_atomically(target, b"two")
     assert target.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_new_folders_are_made_durable_from_the_top(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("munet.files.sync_folder", lambda folder: synced.append(folder))
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"]
+
+
+def test_a_folder_below_a_file_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file" / "below" / "it")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from evolve.generation import ChildPlan, ChildResult, Examples, GenerationPlan, PackResult
-from evolve.layer import CLASS_TOKEN, NORM, PATCH_EMBED, POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors, block_position
-from evolve.path import Path
+from evolve.layer import CLASS_TOKEN, HEAD, NORM, PATCH_EMBED, POS_EMBED, LayerKind, LayerSpec, Position, Tensors, block_position
+from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.position_embedding import position_embedding_spec
+from evolve.specs import adapter_spec, head_spec
+from evolve.store import System
 
 WIDTH = 4
 
@@ -34,9 +36,16 @@ def tiny_root(num_blocks: int = 3, grid: int = 2, patch_size: int = 16) -> dict[
 
 
 def hash_quality(plan: GenerationPlan, child: ChildPlan) -> float:
-    """A quality that looks random and depends on nothing but the child."""
-    digest = hashlib.sha256(f"{plan.task}/{plan.data_seed}/{child.seed}/{child.hyperparameters}".encode()).digest()
-    return digest[0] / 256
+    """A quality that looks random and, like real training, follows from the child's plan and the generation's batches."""
+    return hashlib.sha256(_training_of(plan, child).encode()).digest()[0] / 256
+
+
+def _training_of(plan: GenerationPlan, child: ChildPlan) -> str:
+    """What decides the outcome: two children alike in all of this train alike. The seed matters to new layers alone."""
+    layers = [
+        (str(layer.position), layer.origin.value, layer.source.id if layer.source else child.seed) for layer in child.layers
+    ]
+    return f"{plan.task}/{plan.data_seed}/{child.hyperparameters}/{layers}"
 
 
 class FakeTrainer:
@@ -56,8 +65,13 @@ class FakeTrainer:
         self.quality = quality
         self.packs = packs
         self.test_accuracy = test_accuracy
+        self.versions = {"device": "none"}
         self.plans: list[GenerationPlan] = []
         self.examined: list[Path] = []
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self.versions
 
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         self.plans.append(plan)
@@ -71,10 +85,11 @@ class FakeTrainer:
 
     def _result(self, plan: GenerationPlan, child: ChildPlan) -> ChildResult:
         quality = self.quality(plan, child)
+        training = _training_of(plan, child)
         trained = {
-            layer.position: _weights(layer.spec, f"{child.seed}/{layer.position}") for layer in child.layers if layer.trainable
+            layer.position: _weights(layer.spec, f"{training}/{layer.position}") for layer in child.layers if layer.trainable
         }
-        return ChildResult(child.index, (quality / 2, quality), 1, trained, 10, 1e3, 0.0, 0.0)
+        return ChildResult(child.index, (quality / 3, quality, quality / 2), 1, trained, 10, 1e3, 0.0, 0.0)
 
 
 def _weights(spec: LayerSpec, name: str) -> Tensors:
@@ -112,6 +127,22 @@ class QuietObserver:
         self.closed.append(path.id)
 
 
-def trained_layers(path: Path, root: Path) -> list[Layer]:
-    """Layers of a path that the root does not have."""
-    return [layer for _, layer in path.layers if layer.id not in root.layer_ids]
+def derive_path(system: System, parent: Path, task: str, own: Mapping[Position, float], **changes) -> Path:
+    """A path that has layers of its own at some positions; the number tells their weights apart."""
+    hyperparameters = parent.hyperparameters.replace(**changes)
+    adapters = {p.block for p in own if p.kind is LayerKind.ADAPTER} | {
+        b for b in parent.adapter_blocks if b < hyperparameters.num_blocks
+    }
+    placed = []
+    for position in ordered_positions(hyperparameters.num_blocks, adapters):
+        layer = parent.find(position)
+        if position in own:
+            if position == HEAD:
+                spec = head_spec(WIDTH, 5)
+            elif position.kind is LayerKind.ADAPTER:
+                spec = adapter_spec(WIDTH, hyperparameters.adapter_width)
+            else:
+                spec = system.root.layer(position).spec
+            layer = system.put_layer(spec, {"weight": np.full(7, own[position], dtype=np.float32)})
+        placed.append(PlacedLayer(position, layer))
+    return Path.of(task=task, layers=placed, hyperparameters=hyperparameters, parent_id=parent.id, quality=0.5)
