@@ -15,6 +15,8 @@ from server.errors import SettingsError
 
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 MIB = 1024 * 1024
+MAX_THREADS = 512
+"""More than any one machine computes on, and few enough for every machine to start."""
 
 
 def check_address(address: str) -> str:
@@ -77,8 +79,8 @@ class EngineSettings(_Settings):
     """
 
     device: Literal["cpu"] = "cpu"
-    threads: pydantic.NonNegativeInt = 0
-    workers: pydantic.PositiveInt = 1
+    threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
+    workers: Annotated[int, pydantic.Field(ge=1, le=MAX_THREADS)] = 1
     max_batch_rows: pydantic.PositiveInt = 16
     max_waiting_rows: pydantic.PositiveInt = 65536
     patience_seconds: pydantic.PositiveFloat = 10.0
@@ -110,7 +112,7 @@ class ServerSettings(_Settings):
     listen: Address = "127.0.0.1:8500"
     admin_listen: Address = "127.0.0.1:8501"
     metrics_listen: Address | None = None
-    decode_threads: pydantic.NonNegativeInt = 0
+    decode_threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
     watch_interval_seconds: pydantic.PositiveFloat = 0.2
     drain_seconds: pydantic.NonNegativeFloat = 0.5
     grace_seconds: pydantic.NonNegativeFloat = 10.0
