@@ -24,7 +24,7 @@ from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED
-from evolve.progress import ProgressObserver
+from evolve.progress import ProgressObserver, loading
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
@@ -205,7 +205,8 @@ def _prepare(
     datasets = []
     for task in pending:
         started = time.monotonic()
-        data = load_task(task)
+        with loading(console, task.name) as progress:
+            data = load_task(task, progress)
         datasets.append((ActiveTask(task.name, data.labels, len(data.train), data.fingerprint, task.private), data))
         counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
         console.print(
@@ -213,6 +214,8 @@ def _prepare(
             highlight=False,
             soft_wrap=True,
         )
+        for warning in data.warnings:
+            typer.echo(f"warning: {task.name}: {warning}", err=True)
     if system is None:
         system = _create_system(settings, folder)
     opened = system

@@ -147,17 +147,73 @@ class AnyTask(Settings):
         return check_task_name(name)
 
 
-class FolderTask(AnyTask):
+class ClassifiedTask(AnyTask):
+    """What tasks of a user's own have in common.
+
+    Attributes:
+        classes: their names in their order, or a file with one name a line; by default all that are found, sorted.
+        limit_per_class: use at most so many training images of each class.
+    """
+
+    classes: tuple[str, ...] | pathlib.Path | None = None
+    limit_per_class: PositiveInt | None = None
+
+
+class FilesTask(ClassifiedTask):
+    """What tasks of image files have in common.
+
+    Attributes:
+        skip_unreadable: leave out images that cannot be read, with a warning that counts them; otherwise the first is an error.
+        cache: a folder to keep decoded images in, for sets that are larger than the memory; by default they are held in memory.
+    """
+
+    skip_unreadable: bool = False
+    cache: pathlib.Path | None = None
+
+
+class FolderTask(FilesTask):
     """Images in one folder per class, with or without train/, validation/ and test/ above the classes.
 
     Attributes:
         folder: relative to the experiment file.
-        limit_per_class: use at most so many training images of each class.
     """
 
     source: Literal["folder"]
     folder: pathlib.Path
-    limit_per_class: PositiveInt | None = None
+
+
+class CsvTask(FilesTask):
+    """Images that a table lists, one a line below a line of column names.
+
+    Attributes:
+        file: the table, relative to the experiment file.
+        folder: what the paths in the table are relative to, itself relative to the experiment file; by default the table's folder.
+        image_column: name of the column of paths.
+        label_column: name of the column of class names.
+        split_column: name of the column that says train, validation or test; by default `split` if there is such a column.
+        delimiter: between cells, one character.
+        encoding: of the table, as Python names it.
+    """
+
+    source: Literal["csv"]
+    file: pathlib.Path
+    folder: pathlib.Path | None = None
+    image_column: str = "file"
+    label_column: str = "label"
+    split_column: str | None = None
+    delimiter: Annotated[str, pydantic.Field(min_length=1, max_length=1)] = ","
+    encoding: str = "utf-8"
+
+
+class ArraysTask(ClassifiedTask):
+    """Arrays of images and labels in one .npz file; whole numbers among the labels are indices of declared `classes`.
+
+    Attributes:
+        file: relative to the experiment file.
+    """
+
+    source: Literal["arrays"]
+    file: pathlib.Path
 
 
 class DigitsTask(AnyTask):
@@ -196,7 +252,7 @@ class CharactersTask(AnyTask):
     max_classes: Annotated[int, pydantic.Field(ge=2)] | None = None
 
 
-TaskSettings = Annotated[FolderTask | DigitsTask | CharactersTask, pydantic.Field(discriminator="source")]
+TaskSettings = Annotated[FolderTask | CsvTask | ArraysTask | DigitsTask | CharactersTask, pydantic.Field(discriminator="source")]
 
 
 class Experiment(Settings):
@@ -225,6 +281,9 @@ class Experiment(Settings):
 
 SettingsKind = TypeVar("SettingsKind", bound=Settings)
 
+_PATHS = frozenset({"file", "folder", "classes", "cache"})
+"""Settings that are paths where they are strings."""
+
 
 def load_settings(file: pathlib.Path, kind: type[SettingsKind]) -> SettingsKind:
     """Reads settings from a TOML file; relative paths in it are taken from the file's folder.
@@ -252,10 +311,10 @@ def load_settings(file: pathlib.Path, kind: type[SettingsKind]) -> SettingsKind:
 
 
 def _anchor(values: Any, folder: pathlib.Path) -> Any:
-    """Makes the relative paths of `file` and `folder` settings relative to the settings file's folder."""
+    """Makes the relative paths of the settings in _PATHS relative to the settings file's folder."""
     if isinstance(values, dict):
         return {
-            key: str(folder / value) if key in ("file", "folder") and isinstance(value, str) else _anchor(value, folder)
+            key: str(folder / value) if key in _PATHS and isinstance(value, str) else _anchor(value, folder)
             for key, value in values.items()
         }
     if isinstance(values, list):

@@ -1,9 +1,10 @@
-"""Progress of a search for a person to follow: a live view on a terminal, plain lines elsewhere."""
+"""Progress of loading and searching for a person to follow: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import rich.console
 import rich.progress
@@ -12,6 +13,34 @@ from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
 from evolve.path import Path
 from evolve.store import TaskRecord
+
+LINE_SECONDS = 10.0
+"""Where there is no terminal, long loading says a line as often."""
+
+
+@contextlib.contextmanager
+def loading(console: rich.console.Console, task: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives what evolve.data.load.load_task tells its progress: a bar on a terminal, now and then a plain line elsewhere.
+
+    Args:
+        console: decides whether it is a terminal.
+        task: name of the task whose data are loaded.
+    """
+    if console.is_terminal:
+        columns = rich.progress.Progress.get_default_columns()
+        with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+            row = bar.add_task(f"{task}: images", total=None)
+            yield lambda done, total: bar.update(row, completed=done, total=total)
+        return
+    said = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            console.print(f"{task}: {done} of {total} images read", highlight=False, markup=False, soft_wrap=True)
+
+    yield tell
 
 
 class ProgressObserver:

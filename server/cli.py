@@ -144,7 +144,10 @@ def serve(
     metrics_listen: Annotated[
         str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP. [default: none]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the inference engine. [default: one for each CPU]")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads that compute one batch; 0 for all CPUs. Batches run side by side anyway. [default: 1]"),
+    ] = None,
     watch_interval: Annotated[float | None, typer.Option(help="Seconds between looks at CURRENT. [default: 0.2]")] = None,
     drain: Annotated[
         float | None, typer.Option(help="Seconds from NOT_SERVING to refusing requests at shutdown. [default: 0.5]")

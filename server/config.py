@@ -71,16 +71,17 @@ class EngineSettings(_Settings):
 
     Attributes:
         device: what it computes on.
-        threads: threads of the process's one ONNX Runtime pool; 0 means one for each CPU this process may use.
-        workers: batches that run at the same time.
+        threads: threads that compute one batch, all batches' in one ONNX Runtime pool; 0 means one for each CPU this process may use.
+            More than one answers a single large image sooner, but costs throughput, and the pool's threads wait in busy loops.
+        workers: batches that run at the same time; 0 means as many as the CPUs this process may use have room for.
         max_batch_rows: greatest batch, beside each segment's own limit. On CPUs larger batches are slower, not faster.
         max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused.
         patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
     """
 
     device: Literal["cpu"] = "cpu"
-    threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
-    workers: Annotated[int, pydantic.Field(ge=1, le=MAX_THREADS)] = 1
+    threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 1
+    workers: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
     max_batch_rows: pydantic.PositiveInt = 16
     max_waiting_rows: pydantic.PositiveInt = 65536
     patience_seconds: pydantic.PositiveFloat = 10.0
@@ -89,6 +90,11 @@ class EngineSettings(_Settings):
     def num_threads(self) -> int:
         """`threads`, with 0 resolved."""
         return self.threads or num_usable_cpus()
+
+    @property
+    def num_workers(self) -> int:
+        """`workers`, with 0 resolved."""
+        return self.workers or max(1, num_usable_cpus() // self.num_threads)
 
 
 class ServerSettings(_Settings):

@@ -5,31 +5,29 @@
 
 - Folders directly below FOLDER (or a split) are the classes, in the order of their NFC names; images may lie in folders below them.
 - Splits are meant if there is a folder `train` that holds folders, or if no folder is called otherwise than a split.
-- A missing split is taken from the training images: the first 5 % for each missing one, the test first, at least one image, in
-  the order of a hash of their names (class by class, as folders lie, 5 % would be one class). The last image of a class is never taken.
+- A missing split is taken from the training images, about 5 % of them, each image by the hash of its file: see splits.pinned.
+- The setting `classes` fixes the classes and their order; a folder of another name is an error then.
 - Images are told by the ending of their name. Hidden files and files with other endings are passed over; an image that cannot be
-  read, or whose format is none of munet's, is an error that names it.
-
-All images are held in memory, decoded, in their own sizes: height * width * 3 bytes each.
+  read, or whose format is none of munet's, is an error that names it. Names are UTF-8.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
+import collections
 import os
 import pathlib
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from evolve.config import FolderTask
-from evolve.data.splits import Labels, limited, set_aside
-from evolve.data.task import ImageSet, TaskData
+from evolve.data.classes import declared_classes, unknown_class
+from evolve.data.listed import load_listed
+from evolve.data.reading import Files, Unreadable
+from evolve.data.task import TaskData
 from evolve.errors import DataError
-from munet.preprocessing import FORMATS, ImageError, ImageLimits, Pixels, decode
+from munet.preprocessing import FORMATS
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff")
 """Endings, in small letters, of files that are read."""
@@ -52,80 +50,46 @@ FOREIGN_ENDINGS = (
 )
 """Endings of images in other formats: passing them over in silence would lose data."""
 
-LIMITS = ImageLimits(max_bytes=256 * 1024 * 1024)
-"""One's own files may be larger than what a server takes from a stranger."""
-
-SHARE = 0.05
-"""Share of the training images that each missing split takes."""
-
-_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
-_THREADS = min(8, os.cpu_count() or 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """Files of one split, ordered by class and name; labels [files] int64."""
-
-    paths: Sequence[pathlib.Path]
-    names: Sequence[str]
-    labels: Labels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def choose(self, indices: Sequence[int]) -> _Files:
-        chosen = np.asarray(indices, dtype=np.int64)
-        return _Files([self.paths[i] for i in indices], [self.names[i] for i in indices], self.labels[chosen])
+SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+"""What splits may be called, in small letters, and what we call them."""
 
 
 def load_folder(task: FolderTask, progress: Callable[[int, int], None] | None = None) -> TaskData:
-    """Reads all images of a folder.
+    """Returns the images of a folder: in memory, or from the cache if the task has one.
 
     Args:
         task: its settings.
-        progress: is told after each image how many are done, and of how many.
+        progress: see evolve.data.listed.load_listed.
 
     Raises:
         DataError: no such folder; no classes; a class without images; a class in validation or test that train does not have; two
-            classes of one name; an image that belongs to no class, or cannot be read.
+            classes or files of one name; a class that is not declared; an image that belongs to no class, or cannot be read; a name
+            that is not UTF-8; a cache that cannot be used.
     """
     folder = task.folder
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
         raise DataError(f"found {what} at {folder}", "a folder with one folder of images per class", "set folder of the task")
-    labels, files = _find(folder)
-    files = _fill(files, folder)
-    train = files["train"]
-    files["train"] = train.choose(limited(train.labels, train.names, task.limit_per_class))
-    total = sum(len(split) for split in files.values())
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    images = {split: ImageSet(_decode_all(found.paths, tell), found.labels, found.names) for split, found in files.items()}
-    return TaskData(task.name, labels, images["train"], images["validation"], images["test"])
+    labels, files = _find(folder, declared_classes(task.classes))
+    return load_listed(task, labels, files, Unreadable(task.skip_unreadable), progress)
 
 
-def _find(folder: pathlib.Path) -> tuple[tuple[str, ...], dict[str, _Files]]:
+def _find(folder: pathlib.Path, declared: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, Files]]:
     """Returns the class names and the files of the splits that are there."""
     folders = _class_folders(folder)
-    split_folders = _split_folders(folder, folders)
-    if split_folders is None:
-        return tuple(folders), {"train": _list_split(folder, folder, folders, tuple(folders))}
-    classes = {split: _class_folders(path) for split, path in split_folders.items()}
-    labels = tuple(classes["train"])
+    split_folders = _split_folders(folder, folders) or {"train": folder}
+    classes = {split: folders if path == folder else _class_folders(path) for split, path in split_folders.items()}
     for split, found in classes.items():
-        unknown = sorted(found.keys() - classes["train"].keys())
+        unknown = sorted(found.keys() - (classes["train"].keys() if declared is None else set(declared)))
+        if unknown and declared is not None:
+            raise unknown_class(unknown[0], f"in {split_folders[split]}", declared)
         if unknown:
             raise DataError(
                 f"found class {unknown[0]!r} in {split_folders[split]} but not in {split_folders['train']}",
                 "every class among the training images",
                 "add training images of it, or take it away",
             )
+    labels = tuple(classes["train"]) if declared is None else declared
     return labels, {split: _list_split(folder, split_folders[split], found, labels) for split, found in classes.items()}
 
 
@@ -154,8 +118,8 @@ def _split_folders(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> di
     """Returns the folders of the splits, train first, or None if the folders are classes."""
     if not folders:
         raise DataError(f"found no folders in {folder}", "one folder of images per class, or train/ with such folders")
-    known = [name for name in folders if name.casefold() in _SPLITS]
-    others = [name for name in folders if name.casefold() not in _SPLITS]
+    known = [name for name in folders if name.casefold() in SPLIT_NAMES]
+    others = [name for name in folders if name.casefold() not in SPLIT_NAMES]
     train = next((path for name, path in folders.items() if name.casefold() == "train"), None)
     if others and (train is None or not any(entry.is_dir() for entry in _visible(train))):
         return None
@@ -167,7 +131,7 @@ def _split_folders(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> di
         )
     splits: dict[str, pathlib.Path] = {}
     for name in known:
-        split = _SPLITS[name.casefold()]
+        split = SPLIT_NAMES[name.casefold()]
         if split in splits:
             raise DataError(f"found {splits[split].name}/ and {name}/ in {folder}", f"one folder for the {split} images")
         splits[split] = folders[name]
@@ -176,10 +140,10 @@ def _split_folders(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> di
     return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 
-def _list_split(root: pathlib.Path, folder: pathlib.Path, classes: dict[str, pathlib.Path], labels: tuple[str, ...]) -> _Files:
+def _list_split(root: pathlib.Path, folder: pathlib.Path, classes: dict[str, pathlib.Path], labels: tuple[str, ...]) -> Files:
     paths: list[pathlib.Path] = []
     numbers: list[int] = []
-    for name, path in classes.items():
+    for name, path in sorted(classes.items(), key=lambda item: labels.index(item[0])):
         found = list(_images_below(path))
         if not found:
             raise DataError(
@@ -192,7 +156,10 @@ def _list_split(root: pathlib.Path, folder: pathlib.Path, classes: dict[str, pat
     if not paths:
         raise DataError(f"found no class folders in {folder}", "one folder of images per class")
     names = [unicodedata.normalize("NFC", path.relative_to(root).as_posix()) for path in paths]
-    return _Files(paths, names, np.array(numbers, dtype=np.int64))
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"found two files called {twice[0]!r} once Unicode is normalised in {root}", "one", "rename one of them")
+    return Files(paths, names, np.array(numbers, dtype=np.int64), [str(path) for path in paths])
 
 
 def _images_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -208,9 +175,16 @@ def _images_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _visible(folder: pathlib.Path) -> list[pathlib.Path]:
     try:
-        return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        found = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"could not read folder {folder} ({error.strerror})", "a folder that can be read") from error
+    for entry in found:
+        # The operating system allows any bytes; Python then holds halves of surrogate pairs, which no file or screen takes.
+        if not entry.name.isascii() and entry.name != entry.name.encode("utf-8", "replace").decode():
+            raise DataError(
+                f"found the name {os.fsencode(entry.name)!r} in {folder}, which is not UTF-8", "names in UTF-8", "rename it"
+            )
+    return found
 
 
 def _is_image(file: pathlib.Path) -> bool:
@@ -218,48 +192,3 @@ def _is_image(file: pathlib.Path) -> bool:
     if ending in FOREIGN_ENDINGS:
         raise DataError(f"found {file}, an image of another format", f"{', '.join(FORMATS)}", "convert it, or take it away")
     return ending in ENDINGS
-
-
-def _fill(files: dict[str, _Files], folder: pathlib.Path) -> dict[str, _Files]:
-    """Takes the missing splits out of the training images."""
-    train = files["train"]
-    num_classes = len(set(train.labels.tolist()))
-    missing = [split for split in ("test", "validation") if split not in files]
-    each = max(1, int(SHARE * len(train)))
-    taken, kept = set_aside(train.labels, train.names, each * len(missing))
-    if len(taken) < each * len(missing):
-        raise DataError(
-            f"found {len(train)} training images of {num_classes} classes in {folder} and no {' and no '.join(missing)} images",
-            f"{each * len(missing)} training images more than classes, to be set aside",
-            "add images",
-        )
-    filled = {"train": train.choose(kept), **{split: found for split, found in files.items() if split != "train"}}
-    for place, split in enumerate(missing):
-        filled[split] = train.choose(taken[place * each : (place + 1) * each])
-    return filled
-
-
-def _decode_all(paths: Sequence[pathlib.Path], tell: Callable[[], None]) -> list[Pixels]:
-    """Returns the pixels of files in their order, decoded in threads; calls `tell` after each."""
-    images = []
-    # decode sets and resets the process-wide warning filters, which threads would do across each other: around them all, once.
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        warnings.simplefilter("ignore")
-        try:
-            for image in pool.map(_decode_file, paths):
-                images.append(image)
-                tell()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return images
-
-
-def _decode_file(file: pathlib.Path) -> Pixels:
-    try:
-        return decode(file.read_bytes(), LIMITS)
-    except OSError as error:
-        raise DataError(
-            f"could not read {file} ({error.strerror})", "a file that can be read", "mend it or take it away"
-        ) from error
-    except ImageError as error:
-        raise DataError(f"could not read the image {file}: {error}", "a whole image", "mend it, or take it away") from error

@@ -2,47 +2,92 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 
-from evolve.config import CharactersTask, DigitsTask, FolderTask, TaskSettings
+from evolve.config import ArraysTask, CharactersTask, CsvTask, DigitsTask, FolderTask, TaskSettings
+from evolve.data.arrays import load_arrays
 from evolve.data.characters import load_characters
 from evolve.data.digits import load_digits
 from evolve.data.folder import load_folder
+from evolve.data.listed import source_of
 from evolve.data.splits import shuffled
+from evolve.data.table import load_csv
 from evolve.data.task import ImageSet, TaskData
 from evolve.errors import DataError
 
 
 def load_task(settings: TaskSettings, progress: Callable[[int, int], None] | None = None) -> TaskData:
-    """Loads a task's data into memory. The same settings and files give the same data, image by image, on every machine.
+    """Loads a task's data: into memory, or, where the task has a cache, so that images are read when they are asked for.
 
-    Training images stay in the order of the source; those of validation and test are shuffled in a fixed order, so that the first few
-    represent all.
+    The same settings and files give the same data, image by image, on every machine. Training images stay in the order of the source;
+    those of validation and test are shuffled in a fixed order, so that the first few represent all.
 
     Args:
         settings: of the task.
-        progress: is told now and then how many images are done, and of how many.
+        progress: is told now and then how many steps are done, and of how many; a step is an image, or, in a set that is still to be
+            divided into splits, a look at one.
+
+    Returns:
+        The data; `warnings` says what is odd about them.
 
     Raises:
         DataError: a source that cannot be used; fewer than two classes; a class without training images; no validation images; labels
-            outside the classes.
+            outside the classes; a name that is not text.
     """
-    if isinstance(settings, FolderTask):
-        data = load_folder(settings, progress)
-    elif isinstance(settings, DigitsTask):
-        data = load_digits(settings)
-    else:
-        data = load_characters(settings, progress)
-    check(data, _described(settings))
-    return TaskData(
-        data.name,
-        data.labels,
-        data.train,
-        shuffled(data.validation),
-        None if data.test is None else shuffled(data.test),
+    data = _load(settings, progress)
+    source = _described(settings)
+    check(data, source)
+    return dataclasses.replace(
+        data,
+        validation=shuffled(data.validation),
+        test=None if data.test is None else shuffled(data.test),
+        warnings=(*data.warnings, *oddities(data, source)),
     )
+
+
+def _load(settings: TaskSettings, progress: Callable[[int, int], None] | None) -> TaskData:
+    if isinstance(settings, FolderTask):
+        return load_folder(settings, progress)
+    if isinstance(settings, CsvTask):
+        return load_csv(settings, progress)
+    if isinstance(settings, ArraysTask):
+        return load_arrays(settings, progress)
+    if isinstance(settings, DigitsTask):
+        return load_digits(settings)
+    return load_characters(settings, progress)
+
+
+def oddities(data: TaskData, source: str) -> tuple[str, ...]:
+    """Returns what is odd about data without being an error: images that are in two splits, classes that differ only in case.
+
+    Args:
+        data: of a task.
+        source: where it comes from, for messages.
+    """
+    odd = []
+    splits = {"training": data.train, "validation": data.validation, "test": data.test}
+    hashes = {split: images.hashes for split, images in splits.items() if images is not None}
+    for one, other in itertools.combinations(hashes, 2):
+        known = set(hashes[one])
+        num_shared = sum(image in known for image in hashes[other])
+        if num_shared:
+            odd.append(
+                f"{num_shared} of {len(hashes[other])} {other} images of {source} are also {one} images, pixel by pixel: "
+                f"accuracy on them shows memory, not skill"
+            )
+    by_case: dict[str, list[str]] = {}
+    for label in data.labels:
+        by_case.setdefault(label.casefold(), []).append(label)
+    odd += [
+        f"classes {' and '.join(map(repr, alike))} of {source} differ only in case"
+        for alike in by_case.values()
+        if len(alike) > 1
+    ]
+    return tuple(odd)
 
 
 def check(data: TaskData, source: str) -> None:
@@ -58,6 +103,9 @@ def check(data: TaskData, source: str) -> None:
     if len(data.labels) < 2:
         classes = f"one class only, {data.labels[0]!r}," if data.labels else "no class"
         raise DataError(f"found {classes} in {source}", "two or more classes")
+    for label in data.labels:
+        if not label or label != label.encode("utf-8", "replace").decode():
+            raise DataError(f"found class name {label!r} in {source}", "text that UTF-8 can hold", "rename the class")
     for split, images in (("training", data.train), ("validation", data.validation), ("test", data.test)):
         if images is not None:
             _check_labels(images, len(data.labels), f"{split} images of {source}")
@@ -92,8 +140,10 @@ def _listed(classes: list[str], limit: int = 5) -> str:
 
 
 def _described(settings: TaskSettings) -> str:
-    if isinstance(settings, FolderTask):
-        return f"folder {settings.folder}"
+    if isinstance(settings, FolderTask | CsvTask):
+        return source_of(settings)
+    if isinstance(settings, ArraysTask):
+        return f"arrays {settings.file}"
     if isinstance(settings, CharactersTask):
         return f"script {settings.script!r}"
     return "scikit-learn's digits"

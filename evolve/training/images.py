@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import os
+import pathlib
+import tempfile
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from evolve.data.task import ImageSet
+from evolve.data.task import ImageSet, LazyImages
+from evolve.errors import DataError
 from munet.preprocessing import Pixels, resize
 
 FREE_SHARE = 0.5
-"""Images stay in the host's memory if they would take more than this share of the device's free memory."""
+"""Images stay in the host's memory if they would take more than this share of the device's free memory, and on disk if they would take
+more than this share of the host's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +51,19 @@ class DeviceImages:
 def training_images(images: ImageSet, image_size: int, device: torch.device) -> DeviceImages:
     """Returns training images in the one size that `storage_shape` gives.
 
+    They are held in memory. If they come from a cache and would take more than FREE_SHARE of the memory that is free, they are written
+    to a nameless file beside it, mapped into memory, and gone with the process.
+
     Args:
         images: decoded, in their own sizes.
         image_size: what the paths see, in pixels.
         device: where they are needed.
+
+    Raises:
+        DataError: they fit neither into memory nor on the disk of the data's cache, or an image cannot be read.
     """
     height, width = storage_shape(images.sizes, image_size)
-    pixels: Pixels = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    pixels = _room(images, (len(images), height, width, 3))
     for row, image in enumerate(images.images):
         pixels[row] = image if image.shape[:2] == (height, width) else resize(image, height)
     return _placed(pixels, images.labels, images.sizes, device)
@@ -84,6 +97,36 @@ def evaluation_images(images: ImageSet, image_size: int, count: int, device: tor
         device: where they are needed.
     """
     return _placed(images.resized(image_size, count), images.labels[:count], images.sizes[:count], device)
+
+
+def free_memory() -> int:
+    """Returns how much of the host's memory is free, in bytes, as far as the system and its container say."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        group = pathlib.Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(free))
+
+
+def _room(images: ImageSet, shape: tuple[int, int, int, int]) -> Pixels:
+    num_bytes = math.prod(shape)
+    if not isinstance(images.images, LazyImages) or num_bytes <= FREE_SHARE * free_memory():
+        return np.empty(shape, dtype=np.uint8)
+    folder = images.images.scratch
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # All of it now: on a full disk, writing to a map would end the process.
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return np.asarray(np.memmap(file, dtype=np.uint8, mode="r+", shape=shape))
+    except OSError as error:
+        raise DataError(
+            f"could not write {num_bytes} bytes of resized training images to {folder} ({error.strerror}), nor hold them in memory",
+            "room in one of them",
+            "make room, choose a smaller image_size or set limit_per_class",
+        ) from error
 
 
 def _placed(pixels: Pixels, labels: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], device: torch.device) -> DeviceImages:

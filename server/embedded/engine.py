@@ -57,7 +57,8 @@ class EmbeddedEngine:
         self._num_planned = 0
         self._closed = False
         self._workers = [
-            threading.Thread(target=self._run_worker, name=f"engine-{index}", daemon=True) for index in range(settings.workers)
+            threading.Thread(target=self._run_worker, name=f"engine-{index}", daemon=True)
+            for index in range(settings.num_workers)
         ]
         for worker in self._workers:
             worker.start()

@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 
 _PACKAGE = "/munet.v1."
 
-# Words travel in a header, of which gRPC takes 8 KiB, and what is not ASCII grows threefold there.
-_MAX_DETAILS = 2000
+# Words travel in a header. Above 8 KiB of headers, gRPC's receiving side refuses some at random, at 16 KiB all.
+_MAX_DETAILS_BYTES = 6000
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -91,7 +91,7 @@ class Edge(grpc.aio.ServerInterceptor):
         except Exception as error:
             # The edge of the process: whatever happened, the caller gets a status and the server goes on.
             status = status_of(error)
-            details = str(error)[:_MAX_DETAILS]
+            details = shortened(str(error))
             if status is grpc.StatusCode.INTERNAL:
                 error_id = secrets.token_hex(6)
                 _log.error("%s failed, id %s", method, error_id, exc_info=error)
@@ -119,6 +119,18 @@ class Edge(grpc.aio.ServerInterceptor):
         finally:
             self._num_requests -= 1
             self._num_bytes -= num_bytes
+
+
+def shortened(words: str) -> str:
+    """Returns as much of an error's words as a gRPC header surely carries; what was cut off is marked."""
+    left = _MAX_DETAILS_BYTES
+    for index, character in enumerate(words):
+        encoded = character.encode("utf-8", "replace")
+        # gRPC writes bytes that are not printable ASCII, and the percent sign, as three.
+        left -= sum(1 if 0x20 <= byte <= 0x7E and byte != 0x25 else 3 for byte in encoded)
+        if left < 0:
+            return words[:index] + "..."
+    return words
 
 
 def deadline_of(context: Context) -> float | None:

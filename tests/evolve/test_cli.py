@@ -163,6 +163,13 @@ def test_an_unreadable_image_is_named(folder, monkeypatch, capsys):
     assert not (folder / "system").exists()
 
 
+def test_unreadable_images_can_be_left_out_with_a_warning_that_counts_them(folder, monkeypatch, capsys):
+    (folder / "colours" / "red" / "broken.png").write_bytes(b"no image at all")
+    file = _write(folder, SETTINGS + COLOURS + "skip_unreadable = true\n")
+    assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
+    assert "warning: colours: left out 1 image of folder" in capsys.readouterr().err
+
+
 def test_a_class_without_images_is_named(folder, monkeypatch, capsys):
     (folder / "colours" / "blue").mkdir()
     assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 2

@@ -37,6 +37,18 @@ def test_relative_folders_start_at_the_file(tmp_path):
     assert settings.tasks[0].folder == tmp_path / "images" / "pets"
 
 
+def test_relative_paths_of_every_source_start_at_the_file(tmp_path):
+    folder, table, arrays = _load(
+        tmp_path,
+        '[[tasks]]\nname = "a"\nsource = "folder"\nfolder = "a"\nclasses = "names.txt"\ncache = "cache"\n'
+        '[[tasks]]\nname = "b"\nsource = "csv"\nfile = "b.csv"\nfolder = "/b"\nclasses = ["x", "y"]\n'
+        '[[tasks]]\nname = "c"\nsource = "arrays"\nfile = "c.npz"\n',
+    ).tasks
+    assert (folder.classes, folder.cache) == (tmp_path / "names.txt", tmp_path / "cache")
+    assert (table.file, table.folder, table.classes) == (tmp_path / "b.csv", pathlib.Path("/b"), ("x", "y"))
+    assert arrays.file == tmp_path / "c.npz"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -55,7 +67,7 @@ def test_relative_folders_start_at_the_file(tmp_path):
         ("tasks = []", "tasks: .*at least 1 item"),
         (TASKS + TASKS, r"\['digits'\] appear more than once"),
         ('[[tasks]]\nname = "Two Words"\nsource = "digits"\n', "'Two Words' is not allowed.*try 'two-words'"),
-        ('[[tasks]]\nname = "a"\nsource = "ftp"\n', "'folder', 'digits', 'characters'"),
+        ('[[tasks]]\nname = "a"\nsource = "ftp"\n', "'folder', 'csv', 'arrays', 'digits', 'characters'"),
         ('[[tasks]]\nname = "a"\nsource = "folder"\n', "tasks.0.folder.folder: Field required"),
         ('[root]\nsource = "timm"\n' + TASKS, "source 'timm' needs model"),
         ('[root]\nsource = "file"\n' + TASKS, "source 'file' needs file"),

@@ -5,7 +5,7 @@ import pathlib
 import pydantic
 import pytest
 
-from server.config import Limits, ServerSettings, num_usable_cpus, read_settings
+from server.config import EngineSettings, Limits, ServerSettings, num_usable_cpus, read_settings
 from server.errors import SettingsError
 
 
@@ -20,8 +20,11 @@ def test_flags_override_the_file_by_name(tmp_path: pathlib.Path) -> None:
     assert settings.admin_listen == "127.0.0.1:8501"
 
 
-def test_zero_threads_mean_one_for_each_cpu() -> None:
-    assert ServerSettings().engine.num_threads == num_usable_cpus() == ServerSettings().num_decode_threads
+def test_zero_means_as_many_as_there_are_cpus() -> None:
+    assert ServerSettings().num_decode_threads == num_usable_cpus()
+    assert EngineSettings(threads=0).num_threads == num_usable_cpus()
+    assert EngineSettings(threads=0).num_workers == 1
+    assert EngineSettings(threads=1).num_workers == num_usable_cpus()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from server.cli import RunningServer, running_server
 from server.config import EngineSettings, Limits, ServerSettings
 
 # One thread: this process also makes ONNX Runtime sessions of other kinds, which a global thread pool would forbid.
-ENGINE = EngineSettings(threads=1, max_waiting_rows=10_000_000)
+ENGINE = EngineSettings(threads=1, workers=1, max_waiting_rows=10_000_000)
 
 
 def server_settings(repository: pathlib.Path, **overrides: Any) -> ServerSettings:

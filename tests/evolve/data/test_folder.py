@@ -1,7 +1,10 @@
 """The folder source: what it reads, how it splits, and every way in which a folder can be wrong."""
 
+import os
 import pathlib
+import struct
 import unicodedata
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +13,6 @@ from PIL import Image
 
 from evolve.config import FolderTask
 from evolve.data.load import load_task
-from evolve.data.splits import hashed_order
 from evolve.data.task import TaskData
 from evolve.errors import DataError
 from munet.preprocessing import decode
@@ -31,9 +33,9 @@ def load(folder: pathlib.Path, **settings: object) -> TaskData:
     return load_task(FolderTask(name="t", source="folder", folder=folder, **settings))  # type: ignore[arg-type]
 
 
-def failure(folder: pathlib.Path) -> str:
+def failure(folder: pathlib.Path, **settings: object) -> str:
     with pytest.raises(DataError) as caught:
-        load(folder)
+        load(folder, **settings)
     return str(caught.value)
 
 
@@ -64,44 +66,70 @@ def test_validation_has_other_names(tmp_path: pathlib.Path, name: str) -> None:
     assert {image.split("/")[0] for image in load(tmp_path).validation.names} == {name}
 
 
-def test_missing_splits_take_five_percent_each_of_all_classes(tmp_path: pathlib.Path) -> None:
-    fill(tmp_path / "a", 60)
-    fill(tmp_path / "b", 60, 100)
-    data = load(tmp_path)
+def splits_of(data: TaskData) -> dict[str, set[str]]:
     assert data.test is not None
-    assert (len(data.train), len(data.validation), len(data.test)) == (108, 6, 6)
-    everything = [*data.train.names, *data.validation.names, *data.test.names]
-    assert sorted(everything) == sorted(f"{label}/{index:03}.png" for label in "ab" for index in range(60))
-    assert set(data.test.labels.tolist()) == {0, 1}
+    return {"train": set(data.train.names), "validation": set(data.validation.names), "test": set(data.test.names)}
+
+
+def test_missing_splits_take_about_five_percent_each(tmp_path: pathlib.Path) -> None:
+    fill(tmp_path / "a", 200)
+    fill(tmp_path / "b", 200, 300)
+    data = load(tmp_path)
+    splits = splits_of(data)
+    assert 8 <= len(splits["validation"]) <= 34
+    assert 8 <= len(splits["test"]) <= 34
+    assert sorted(set().union(*splits.values())) == sorted(f"{label}/{index:03}.png" for label in "ab" for index in range(200))
+    assert sum(map(len, splits.values())) == 400
     assert list(data.train.names) == sorted(data.train.names)
+    assert data.warnings == ()
+
+
+def test_images_stay_in_their_split_when_others_are_added(tmp_path: pathlib.Path) -> None:
+    fill(tmp_path / "a", 80)
+    fill(tmp_path / "b", 80, 300)
+    before = splits_of(load(tmp_path))
+    for index in range(120):
+        write(tmp_path / "a" / f"more-{index}.png", 1000 + index)
+    fill(tmp_path / "new class", 40, 2000)
+    after = splits_of(load(tmp_path))
+    for split, names in before.items():
+        assert names <= after[split]
+    # The file counts, not its name.
+    (tmp_path / "b").rename(tmp_path / "renamed")
+    renamed = splits_of(load(tmp_path))
+    assert {name.replace("renamed/", "b/") for name in renamed["test"]} == after["test"]
+
+
+def test_copies_of_a_file_are_in_one_split(tmp_path: pathlib.Path) -> None:
+    for label in "ab":
+        fill(tmp_path / label, 100, 300 * "ab".index(label))
+        fill(tmp_path / label / "copies", 100, 300 * "ab".index(label))
+    data = load(tmp_path)
+    assert data.warnings == ()
+    for names in splits_of(data).values():
+        assert {name.replace("copies/", "") for name in names} == {name for name in names if "copies" not in name}
 
 
 def test_only_the_missing_split_is_taken(tmp_path: pathlib.Path) -> None:
     for label in "ab":
-        fill(tmp_path / "train" / label, 10)
-        fill(tmp_path / "validation" / label, 4)
-    data = load(tmp_path)
-    assert data.test is not None
-    assert (len(data.train), len(data.validation), len(data.test)) == (19, 8, 1)
-    assert data.test.names[0].startswith("train/")
+        fill(tmp_path / "train" / label, 10, 100 * "ab".index(label))
+        fill(tmp_path / "validation" / label, 4, 50 + 100 * "ab".index(label))
+    splits = splits_of(load(tmp_path))
+    assert len(splits["validation"]) == 8
+    assert splits["test"]
+    assert all(name.startswith("train/") for name in splits["test"])
 
 
-def test_the_test_split_is_taken_first(tmp_path: pathlib.Path) -> None:
-    fill(tmp_path / "a", 30)
-    fill(tmp_path / "b", 30, 100)
-    data = load(tmp_path)
-    names = [f"{label}/{index:03}.png" for label in "ab" for index in range(30)]
-    order = [names[index] for index in hashed_order(names, "split")]
-    assert data.test is not None
-    assert sorted(data.test.names) == sorted(order[:3])
-    assert sorted(data.validation.names) == sorted(order[3:6])
-
-
-def test_never_takes_the_last_image_of_a_class(tmp_path: pathlib.Path) -> None:
-    fill(tmp_path / "rare", 1, 500)
+def test_never_takes_the_last_image_of_a_class_and_says_so(tmp_path: pathlib.Path) -> None:
+    # Of 40 classes of one image, some would be in a split of their own.
     fill(tmp_path / "common", 200)
+    for number in range(40):
+        fill(tmp_path / f"rare {number}", 1, 500 + number)
     data = load(tmp_path)
-    assert data.train.labels.tolist().count(data.labels.index("rare")) == 1
+    assert set(data.train.labels.tolist()) == set(range(41))
+    assert len(data.warnings) == 1
+    assert f"folder {tmp_path} has so few images, in all or of a class, that " in data.warnings[0]
+    assert "of 240 were put into a split by need" in data.warnings[0]
 
 
 def test_too_few_images_to_set_aside(tmp_path: pathlib.Path) -> None:
@@ -191,7 +219,8 @@ def test_progress_and_order_are_kept_over_threads(tmp_path: pathlib.Path) -> Non
     fill(tmp_path / "b", 50, 300)
     seen: list[tuple[int, int]] = []
     data = load_task(FolderTask(name="t", source="folder", folder=tmp_path), lambda done, of: seen.append((done, of)))
-    assert seen == [(done, 100) for done in range(1, 101)]
+    # Once to divide them, once to read them.
+    assert seen == [(done, 200) for done in range(1, 201)]
     for pixels, name in zip(data.train.images, data.train.names, strict=True):
         assert np.array_equal(pixels, decode((tmp_path / name).read_bytes()))
 
@@ -212,7 +241,183 @@ def test_a_link_to_a_folder_above_ends(tmp_path: pathlib.Path) -> None:
     assert len(load(tmp_path).train) == 6
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_skips_and_counts_what_cannot_be_read(tmp_path: pathlib.Path, cache: bool) -> None:
+    folder = tmp_path / "images"
+    for label in "ab":
+        fill(folder / "train" / label, 5, 100 * "ab".index(label))
+        fill(folder / "val" / label, 5, 30 + 100 * "ab".index(label))
+        fill(folder / "test" / label, 5, 60 + 100 * "ab".index(label))
+    for name in ("train/a/bad.png", "val/b/bad.png", "train/b/000.png"):
+        (folder / name).write_bytes(b"")
+    settings = {"skip_unreadable": True, "cache": tmp_path / "cache" if cache else None}
+    data = load(folder, **settings)
+    assert [len(data.train), len(data.validation)] == [9, 10]
+    assert "train/b/000.png" not in data.train.names
+    assert data.warnings == (
+        f"left out 3 images of folder {folder}, the first because munet could not read the image {folder / 'train/a/bad.png'}: found no "
+        "bytes, expected a whole JPEG, PNG, WEBP, BMP or TIFF file",
+    )
+    # A class that is left without training images is an error all the same.
+    for file in (folder / "train" / "b").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="found no training images of class 'b'"):
+        load(folder, **settings)
+
+
+def test_declared_classes_fix_the_order(tmp_path: pathlib.Path) -> None:
+    for label in ("cat", unicodedata.normalize("NFD", "\u00e9t\u00e9"), "dog"):
+        fill(tmp_path / "images" / label, 10)
+    (tmp_path / "classes.txt").write_text("\u00e9t\u00e9\ndog\ncat\n", encoding="utf-8")
+    for classes in (("\u00e9t\u00e9", "dog", "cat"), tmp_path / "classes.txt"):
+        data = load(tmp_path / "images", classes=classes)
+        assert data.labels == ("\u00e9t\u00e9", "dog", "cat")
+        for name, label in zip(data.train.names, data.train.labels, strict=True):
+            assert name.startswith(f"{data.labels[label]}/")
+
+
+def test_a_strip_and_a_pixel_are_images(tmp_path: pathlib.Path) -> None:
+    fill(tmp_path / "a", 5)
+    write(tmp_path / "b" / "strip.png", size=(20_000, 1))
+    write(tmp_path / "b" / "pole.png", 9, size=(1, 20_000))
+    for index in range(4):
+        write(tmp_path / "b" / f"{index}.png", 50 + index, size=(1, 1))
+    data = load(tmp_path)
+    assert {
+        tuple(size) for images in (data.train, data.validation, data.test or data.train) for size in images.sizes.tolist()
+    } == {
+        (1, 20_000),
+        (20_000, 1),
+        (1, 1),
+        (3, 4),
+    }
+    assert data.train.resized(16).shape == (len(data.train), 16, 16, 3)
+
+
+def test_deep_animated_and_turned_kinds(tmp_path: pathlib.Path) -> None:
+    fill(tmp_path / "other", 6)
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    red, blue = Image.new("RGB", (5, 4), (255, 0, 0)), Image.new("RGB", (5, 4), (0, 0, 255))
+    red.save(folder / "animated.webp", save_all=True, append_images=[blue], lossless=True)
+    red.save(folder / "animated.png", save_all=True, append_images=[blue])
+    red.save(folder / "pages.tif", save_all=True, append_images=[blue])
+    red.save(folder / "plain.bmp")
+    Image.fromarray(np.full((4, 5), 0x1234, dtype=np.uint16)).save(folder / "deep.png")
+    Image.new("LA", (5, 4), (9, 0)).save(folder / "grey-alpha.png")
+    Image.new("1", (5, 4), 1).save(folder / "bits.png")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    red.save(folder / "turned.jpg", exif=exif)
+    # 16 bits a channel, which Pillow does not write: filter 0, then big-endian red 0x80ff, green 0x00ff, blue 0xff00.
+    rows = zlib.compress((b"\0" + bytes.fromhex("80ff00ffff00") * 5) * 4)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts]
+    (folder / "deep-rgb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    data = load(tmp_path)
+    found = {
+        name: (list(pixels.shape), pixels[0, 0].tolist())
+        for images in (data.train, data.validation, data.test or data.train)
+        for name, pixels in zip(images.names, images.images, strict=True)
+    }
+    for name in ("animated.webp", "animated.png", "pages.tif", "plain.bmp"):
+        assert found[f"kinds/{name}"] == ([4, 5, 3], [255, 0, 0])
+    assert found["kinds/deep.png"][1] == [0x12] * 3
+    assert found["kinds/deep-rgb.png"][1] == [0x80, 0, 0xFF]
+    assert found["kinds/grey-alpha.png"][1] == [255, 255, 255]
+    assert found["kinds/bits.png"][1] == [255, 255, 255]
+    assert found["kinds/turned.jpg"][0] == [5, 4, 3]
+
+
 # Bad input
+
+
+def test_folder_of_text_files(tmp_path: pathlib.Path) -> None:
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "notes.txt").write_text("text")
+    assert f"found no images of class 'a' in {tmp_path / 'a'}; expected one or more files that end in .jpg" in failure(tmp_path)
+    for label in "ab":
+        for index in range(9):
+            (tmp_path / label / f"{index}.jpg").write_text(f"text {label}{index}")
+    assert "could not read the image" in failure(tmp_path)
+    assert "found 0 training images of 0 classes" in failure(tmp_path, cache=tmp_path.parent / "cache", skip_unreadable=True)
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_image_without_pixels(tmp_path: pathlib.Path, kind: str) -> None:
+    fill(tmp_path / "train" / "a", 3)
+    fill(tmp_path / "train" / "b", 3, 20)
+    fill(tmp_path / "val" / "a", 3, 40)
+    fill(tmp_path / "test" / "a", 3, 60)
+    header = struct.pack(">IIBBBBB", 0, 4, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    bmp = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 4, 1, 24, 0, 0, 0, 0, 0, 0)
+    bad = tmp_path / "train" / "b" / f"bad.{kind}"
+    bad.write_bytes({"png": png, "bmp": bmp}[kind])
+    assert f"could not read the image {bad}: found " in failure(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["class", "file", "split"])
+def test_names_that_are_not_utf8(tmp_path: pathlib.Path, place: str) -> None:
+    for split in ("train", "val", "test"):
+        for label in "ab":
+            fill(tmp_path / split / label, 3)
+    name = os.fsdecode(b"caf\xe9")
+    where = {"class": tmp_path / "train", "file": tmp_path / "train" / "b", "split": tmp_path}[place]
+    if place == "file":
+        write(where / "x.png").rename(where / f"{name}.png")
+    else:
+        fill(where / name, 3)
+    message = failure(tmp_path)
+    assert message.startswith(f"found the name b'caf\\xe9{'.png' if place == 'file' else ''}' in {where}, which is not UTF-8")
+    assert message.isascii()
+
+
+def test_files_of_one_name_after_normalising(tmp_path: pathlib.Path) -> None:
+    fill(tmp_path / "a", 5)
+    fill(tmp_path / "b", 5)
+    write(tmp_path / "a" / "\u00e9.png")
+    write(tmp_path / "a" / "e\u0301.png")
+    assert "found two files called 'a/\u00e9.png' once Unicode is normalised" in failure(tmp_path)
+
+
+def test_folder_outside_the_declared_classes(tmp_path: pathlib.Path) -> None:
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            fill(tmp_path / split / label, 10)
+    message = failure(tmp_path, classes=("cat", "dgo"))
+    assert message.startswith(
+        f"found class 'dog' in {tmp_path / 'train'}, which is not among the 2 classes that the task declares"
+    )
+    assert message.endswith("did you mean 'dgo'?")
+    assert "found no training images of class 'bird'" in failure(tmp_path, classes=("cat", "dog", "bird"))
+    fill(tmp_path / "test" / "bird", 2)
+    assert f"found class 'bird' in {tmp_path / 'test'}, which is not" in failure(tmp_path, classes=("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("a", "b", "a"), "found class 'a' more than once in the setting classes"),
+        (("\u00e9", "e\u0301"), "found class '\u00e9' more than once in the setting classes, once Unicode is normalised"),
+        (("a", ""), "found an empty name in the setting classes"),
+    ],
+)
+def test_bad_class_lists(tmp_path: pathlib.Path, classes: tuple[str, ...], message: str) -> None:
+    fill(tmp_path / "a", 10)
+    fill(tmp_path / "b", 10)
+    assert message in failure(tmp_path, classes=classes)
+
+
+def test_splits_that_overlap_are_counted(tmp_path: pathlib.Path) -> None:
+    for label in "ab":
+        fill(tmp_path / "train" / label, 5, 100 * "ab".index(label))
+        fill(tmp_path / "val" / label, 4, 3 + 100 * "ab".index(label))
+        fill(tmp_path / "test" / label, 4, 60 + 100 * "ab".index(label))
+    assert load(tmp_path).warnings == (
+        f"4 of 8 validation images of folder {tmp_path} are also training images, pixel by pixel: accuracy on them shows memory, not skill",
+    )
 
 
 def test_missing_folder(tmp_path: pathlib.Path) -> None:
@@ -276,7 +481,7 @@ def test_unreadable_image_is_named(tmp_path: pathlib.Path, content: bytes | None
     message = failure(tmp_path)
     assert f"could not read the image {bad}" in message
     assert found in message
-    assert message.endswith("mend it, or take it away")
+    assert message.endswith("mend it, or take it away; skip_unreadable = true leaves such images out")
 
 
 def test_image_of_another_format_is_named(tmp_path: pathlib.Path) -> None:

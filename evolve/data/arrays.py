@@ -1,0 +1,171 @@
+"""Tasks of arrays in one .npz file, as numpy.savez writes it.
+
+- `images` and `labels`, or `train_images` and `train_labels`; in either case `validation_images`, `validation_labels` (also val or valid),
+  `test_images` and `test_labels` may lie beside them. Other arrays are left alone, with a warning.
+- Images are uint8: [n, height, width, 3] RGB, [n, height, width, 1] or [n, height, width] grey. Labels are [n] or [n, 1], strings or whole
+  numbers from 0. With the setting `classes` numbers are its indices; without it, the class names are the labels themselves.
+- A missing split is taken from the training images, each image by the hash of its pixels: see splits.pinned.
+
+Nothing is unpickled: that would run whatever the file says. All images are held in memory.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evolve.config import ArraysTask
+from evolve.data.classes import declared_classes, normalised, sorted_classes, unknown_class
+from evolve.data.folder import SPLIT_NAMES
+from evolve.data.splits import fill_missing, limited, subset
+from evolve.data.task import ImageSet, TaskData
+from evolve.errors import DataError
+from munet.preprocessing import ImageError, to_rgb
+
+_PREFIXES = {"": "train", **{f"{name}_": split for name, split in SPLIT_NAMES.items()}}
+_Labels = npt.NDArray[np.int64] | list[str]
+
+
+def load_arrays(task: ArraysTask, progress: Callable[[int, int], None] | None = None) -> TaskData:
+    """Returns the images of a .npz file.
+
+    Args:
+        task: its settings.
+        progress: is told after each split how many images are done, and of how many so far.
+
+    Raises:
+        DataError: no such file; no .npz; an array that is pickled, damaged, or of another type or shape; images without labels or the
+            other way round; labels outside the classes; too few images to fill a missing split.
+    """
+    arrays, warnings = _open(task.file)
+    found: dict[str, tuple[ImageSet, _Labels]] = {}
+    done = 0
+    for split, (images_key, labels_key) in _pairs(task.file, arrays).items():
+        images = _images(task.file, images_key, arrays.pop(images_key))
+        labels = _labels(task.file, labels_key, arrays.pop(labels_key))
+        if len(images) != len(labels):
+            raise DataError(
+                f"found {len(images)} images in {images_key} and {len(labels)} labels in {labels_key} of {task.file}",
+                "one label for each image",
+            )
+        names = [f"{images_key}[{index}]" for index in range(len(images))]
+        found[split] = ImageSet(images, np.zeros(len(images), dtype=np.int64), names), labels
+        done += len(images)
+        if progress is not None:
+            progress(done, done)
+    classes, sets = _classified(task, found)
+    missing = [split for split in ("test", "validation") if split not in sets]
+    if missing:
+        train = sets["train"]
+        divided, more = fill_missing(train.labels, train.hashes, missing, f"arrays {task.file}")
+        sets |= {split: subset(train, indices) for split, indices in divided.splits.items()}
+        warnings += more
+    train = sets["train"]
+    train = subset(train, limited(train.labels, train.names, task.limit_per_class))
+    return TaskData(task.name, classes, train, sets["validation"], sets["test"], warnings)
+
+
+def _open(file: pathlib.Path) -> tuple[dict[str, npt.NDArray[Any]], tuple[str, ...]]:
+    """Returns the arrays of images and labels, and warnings."""
+    known = {prefix + kind for prefix in _PREFIXES for kind in ("images", "labels")}
+    name = ""
+    try:
+        # Opened here: numpy leaves the file of a damaged archive open.
+        with file.open("rb") as opened:
+            if opened.read(4) not in (b"PK\x03\x04", b"PK\x05\x06"):
+                raise DataError(f"found no .npz file at {file}", "arrays as numpy.savez writes them")
+            opened.seek(0)
+            archive = np.load(opened, allow_pickle=False)
+            other = sorted(set(archive.files) - known)
+            arrays = {}
+            for name in known.intersection(archive.files):
+                arrays[name] = archive[name]
+    except OSError as error:
+        raise DataError(f"could not read {file} ({error.strerror or error})", "a .npz file", "set file of the task") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError, RuntimeError) as error:
+        where = f"array {name!r} of {file}" if name else str(file)
+        if "pickle" in str(error):
+            raise DataError(
+                f"found pickled objects in {where}", "plain numbers or strings", "save it with a dtype other than object"
+            ) from error
+        raise DataError(f"found a damaged {where} ({error})", "arrays as numpy.savez writes them", "save it again") from error
+    if not other:
+        return arrays, ()
+    return arrays, (f"left alone arrays {', '.join(map(repr, other))} of {file}, whose names munet does not know",)
+
+
+def _pairs(file: pathlib.Path, arrays: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Returns the names of the arrays of images and labels by split, train first."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for prefix, split in _PREFIXES.items():
+        names = (f"{prefix}images", f"{prefix}labels")
+        there = [name for name in names if name in arrays]
+        if len(there) == 1:
+            raise DataError(f"found {there[0]} alone in {file}", f"{names[0]} and {names[1]}")
+        if there and split in pairs:
+            raise DataError(f"found {pairs[split][0]} and {names[0]} in {file}", f"one array of {split} images")
+        if there:
+            pairs[split] = names
+    if "train" not in pairs:
+        raise DataError(f"found arrays {sorted(arrays)} in {file}", "images and labels, or train_images and train_labels")
+    return pairs
+
+
+def _images(file: pathlib.Path, key: str, array: npt.NDArray[Any]) -> list[npt.NDArray[np.uint8]]:
+    shaped = array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))
+    if array.dtype != np.uint8 or not shaped or 0 in array.shape[1:]:
+        raise DataError(
+            f"found {key} of type {array.dtype} and shape {list(array.shape)} in {file}",
+            "uint8, [images, height, width, 3] or [images, height, width, 1] or [images, height, width]",
+            "scale values to 0 to 255" if array.dtype.kind == "f" else "",
+        )
+    try:
+        return [to_rgb(image) for image in array]
+    except ImageError as error:
+        raise DataError(f"{error}, in {key} of {file}", "images") from error
+
+
+def _labels(file: pathlib.Path, key: str, array: npt.NDArray[Any]) -> _Labels:
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim == 1 and array.dtype.kind in "iu":
+        if len(array) and (int(array.min()) < 0 or int(array.max()) > 2**31):
+            wrong = int(np.flatnonzero((array < 0) | (array > 2**31))[0])
+            raise DataError(f"found label {int(array[wrong])} at {key}[{wrong}] of {file}", "whole numbers from 0, or strings")
+        return array.astype(np.int64)
+    if array.ndim == 1 and array.dtype.kind == "U":
+        return [normalised(str(label)) for label in array]
+    raise DataError(
+        f"found {key} of type {array.dtype} and shape {list(array.shape)} in {file}",
+        "whole numbers or strings, [images] or [images, 1]",
+    )
+
+
+def _classified(task: ArraysTask, found: dict[str, tuple[ImageSet, _Labels]]) -> tuple[tuple[str, ...], dict[str, ImageSet]]:
+    """Returns the classes and the splits with labels as indices of them."""
+    kinds = {isinstance(labels, list) for _, labels in found.values()}
+    if len(kinds) > 1:
+        raise DataError(f"found strings and whole numbers among the labels of {task.file}", "one kind of labels in all splits")
+    declared = declared_classes(task.classes)
+    if declared is not None and kinds == {False}:
+        # load.check says it where a number is no index of the declared classes.
+        return declared, {
+            split: ImageSet(s.images, np.asarray(labels, dtype=np.int64), s.names) for split, (s, labels) in found.items()
+        }
+    texts = {split: [str(label) for label in labels] for split, (_, labels) in found.items()}
+    classes = declared or sorted_classes(label for labels in texts.values() for label in labels)
+    index_of = {name: index for index, name in enumerate(classes)}
+    for split, labels in texts.items():
+        for name, label in zip(found[split][0].names, labels, strict=True):
+            if label not in index_of:
+                raise unknown_class(label, f"for {name} of {task.file}", classes)
+    return classes, {
+        split: ImageSet(s.images, np.array([index_of[label] for label in texts[split]], dtype=np.int64), s.names)
+        for split, (s, _) in found.items()
+    }

@@ -1,0 +1,70 @@
+"""Names of classes: as a task's settings give them, or sorted."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from evolve.errors import DataError
+from munet.names import similar_names
+
+
+def normalised(name: str) -> str:
+    """Returns the one spelling of a class name: in NFC, without space around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def declared_classes(classes: Sequence[str] | pathlib.Path | None) -> tuple[str, ...] | None:
+    """Returns the classes that a task's settings declare, normalised, in their order; None if they declare none.
+
+    Args:
+        classes: names, or a UTF-8 file with one name a line; empty lines do not count.
+
+    Raises:
+        DataError: the file cannot be read, an empty name, or a name twice.
+    """
+    if classes is None:
+        return None
+    if isinstance(classes, pathlib.Path):
+        where = f"the class list {classes}"
+        names = [normalised(line) for line in _lines(classes) if line.strip()]
+    else:
+        where = "the setting classes"
+        names = [normalised(name) for name in classes]
+    if "" in names:
+        raise DataError(f"found an empty name in {where}", "names of classes")
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"found class {twice[0]!r} more than once in {where}, once Unicode is normalised", "each class once")
+    return tuple(names)
+
+
+def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns distinct names in the order of their characters; by value if all are whole numbers."""
+    distinct = set(names)
+    if all(name.isascii() and name.isdigit() for name in distinct):
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    return tuple(sorted(distinct))
+
+
+def unknown_class(name: str, where: str, classes: Sequence[str]) -> DataError:
+    """Returns the error for a label that is none of the declared classes."""
+    similar = similar_names(name, classes)
+    return DataError(
+        f"found class {name!r} {where}, which is not among the {len(classes)} classes that the task declares",
+        "only those",
+        f"did you mean {' or '.join(map(repr, similar))}?" if similar else "add it to classes, or take it away",
+    )
+
+
+def _lines(file: pathlib.Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"could not read the class list {file} ({error.strerror})", "a text file with one class name a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"found a class list {file} that is not UTF-8 ({error})", "a UTF-8 text file") from error

@@ -1,0 +1,212 @@
+"""Reading image files: in threads, a bounded number at a time; into memory; and what becomes of those that cannot be read."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from evolve.data.splits import Labels
+from evolve.errors import DataError
+from munet.preprocessing import ImageError, ImageLimits, Pixels, decode
+
+LIMITS = ImageLimits(max_bytes=256 * 1024 * 1024)
+"""One's own files may be larger than what a server takes from a stranger."""
+
+THREADS = min(8, os.cpu_count() or 1)
+"""Files are read and decoded by so many threads."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Image files of one split.
+
+    Attributes:
+        paths: where they lie.
+        names: what they are called, relative to the source, in NFC; each once within a source.
+        labels: [files] int64, indices of classes.
+        origins: what messages call them.
+    """
+
+    paths: Sequence[pathlib.Path]
+    names: Sequence[str]
+    labels: Labels
+    origins: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def choose(self, indices: Sequence[int]) -> Files:
+        """Returns the chosen files in the order of the indices."""
+        return Files(
+            [self.paths[index] for index in indices],
+            [self.names[index] for index in indices],
+            self.labels[np.asarray(indices, dtype=np.int64)],
+            [self.origins[index] for index in indices],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """An image file that was read.
+
+    Attributes:
+        pixels: [height, width, 3] uint8.
+        content: SHA-256 of the file, 32 bytes.
+        size: of the file, in bytes.
+        mtime_ns: when the file was changed last, in nanoseconds.
+    """
+
+    pixels: Pixels
+    content: bytes
+    size: int
+    mtime_ns: int
+
+
+class Unreadable:
+    """Collects the files of a source that cannot be read, or raises the first."""
+
+    def __init__(self, skip: bool) -> None:
+        """Prepares to skip files, or not."""
+        self._skip = skip
+        self._found: dict[str, str] = {}
+
+    def add(self, name: str, error: DataError) -> None:
+        """Notes a file.
+
+        Raises:
+            DataError: the error itself, with the advice to skip such files, if they are not to be skipped.
+        """
+        if not self._skip:
+            advice = f"{error.advice}; skip_unreadable = true leaves such images out" if error.advice else ""
+            raise DataError(error.found, error.expected, advice) from error
+        self._found.setdefault(name, error.found)
+
+    def warnings(self, source: str) -> tuple[str, ...]:
+        """Returns what to say about the files that were skipped."""
+        if not self._found:
+            return ()
+        many = "images" if len(self._found) > 1 else "image"
+        return (f"left out {len(self._found)} {many} of {source}, the first because munet {next(iter(self._found.values()))}",)
+
+
+class Reader(Protocol):
+    """Reads files. What cannot be read goes to an Unreadable."""
+
+    def contents(self, files: Files) -> list[bytes | None]:
+        """Returns the SHA-256 of each file, 32 bytes, or None where it could not be read.
+
+        Raises:
+            DataError: a file cannot be read and is not to be skipped, or the cache cannot be used.
+        """
+        ...
+
+    def read(self, files: Files) -> tuple[list[int], Sequence[Pixels]]:
+        """Returns the indices of the files that could be read, and the images of those.
+
+        Raises:
+            DataError: see `contents`.
+        """
+        ...
+
+
+class MemoryReader:
+    """A Reader that holds all images in memory: height * width * 3 bytes each."""
+
+    def __init__(self, unreadable: Unreadable, tell: Callable[[], None]) -> None:
+        """Prepares to read; `tell` is called after each file."""
+        self._unreadable = unreadable
+        self._tell = tell
+
+    def contents(self, files: Files) -> list[bytes | None]:
+        """See Reader.contents."""
+        return list(self._all(hash_file, files))
+
+    def read(self, files: Files) -> tuple[list[int], Sequence[Pixels]]:
+        """See Reader.read."""
+        images: list[Pixels] = []
+        indices: list[int] = []
+        for index, decoded in enumerate(self._all(read_file, files)):
+            if decoded is not None:
+                indices.append(index)
+                images.append(decoded.pixels)
+        return indices, images
+
+    def _all(self, work: Callable[[tuple[pathlib.Path, str]], Result | DataError], files: Files) -> Iterator[Result | None]:
+        pairs = zip(files.paths, files.origins, strict=True)
+        with contextlib.closing(in_threads(work, pairs)) as results:
+            for name, result in zip(files.names, results, strict=True):
+                if isinstance(result, DataError):
+                    self._unreadable.add(name, result)
+                yield None if isinstance(result, DataError) else result
+                self._tell()
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+    """Yields what `work` gives for each item, in their order, with only a few items ahead of what was taken: memory stays bounded.
+
+    Python's warnings are silent meanwhile: Pillow warns of much that decoding then survives.
+    """
+    waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+    # decode sets and resets the process-wide warning filters, which threads would do across each other: around them all, once.
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > THREADS + 2:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_file(file: tuple[pathlib.Path, str]) -> Decoded | DataError:
+    """Reads and decodes an image file.
+
+    Args:
+        file: where it lies, and what a message calls it.
+
+    Returns:
+        What was read, or the error for a file that cannot be.
+    """
+    path, origin = file
+    try:
+        with path.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            if status.st_size > LIMITS.max_bytes:
+                raise ImageError(f"found {status.st_size} bytes, expected at most {LIMITS.max_bytes}")
+            encoded = opened.read()
+        pixels = decode(encoded, LIMITS)
+    except OSError as error:
+        return _unreadable_file(origin, error)
+    except ImageError as error:
+        return DataError(f"could not read the image {origin}: {error}", "a whole image", "mend it, or take it away")
+    return Decoded(pixels, hashlib.sha256(encoded).digest(), status.st_size, status.st_mtime_ns)
+
+
+def hash_file(file: tuple[pathlib.Path, str]) -> bytes | DataError:
+    """Returns the SHA-256 of a file's bytes, 32 bytes, or the error for a file that cannot be read; see `read_file`."""
+    path, origin = file
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError as error:
+        return _unreadable_file(origin, error)
+
+
+def _unreadable_file(origin: str, error: OSError) -> DataError:
+    return DataError(f"could not read {origin} ({error.strerror})", "a file that can be read", "mend it, or take it away")
