@@ -239,7 +239,8 @@ class CharactersTask(AnyTask):
         test_per_class: test images of each letter.
         distortion: strength of rotation, shear, scale, shift, blur and noise; 0 is none.
         render_seed: of the distortion.
-        max_classes: at most so many letters; all by default.
+        max_classes: at most so many letters, those that most fonts draw; all by default.
+        held_out_fonts: test images are drawn in fonts that training and validation never show, where a letter has enough of them.
     """
 
     source: Literal["characters"]
@@ -250,6 +251,7 @@ class CharactersTask(AnyTask):
     distortion: Annotated[float, pydantic.Field(ge=0, le=3)] = 1.0
     render_seed: int = 0
     max_classes: Annotated[int, pydantic.Field(ge=2)] | None = None
+    held_out_fonts: bool = False
 
 
 TaskSettings = Annotated[FolderTask | CsvTask | ArraysTask | DigitsTask | CharactersTask, pydantic.Field(discriminator="source")]

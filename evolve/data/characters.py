@@ -4,7 +4,7 @@ An image is drawn in a random font of those that have the letter, a little bolde
 centred and clean, and only font and boldness vary. With distortion 1 it is turned by up to 15 degrees, sheared, stretched, shifted,
 warped on a grid of nine fields (which makes it look handwritten rather than printed), blurred, noisy and of low contrast, each by an
 amount drawn evenly up to its limit; the limits grow with `distortion`. It is never inverted: that is left to augmentation. The ink
-fills the same square for every letter, so size tells nothing.
+fills the same square for every letter, so size tells nothing. With `held_out_fonts`, test images are drawn in fonts of their own.
 
 Each image has a generator of its own, derived from seed, script, letter, split and number: no image changes when more are asked for.
 """
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from evolve.config import CharactersTask
-from evolve.data.letters import GLYPH_SIZE, NUM_STROKES, Letter, glyph, letters_of
+from evolve.data.letters import GLYPH_SIZE, NUM_STROKES, Letter, glyph, held_out_fonts, letters_of
 from evolve.data.task import ImageSet, TaskData
 from munet.preprocessing import to_rgb
 
@@ -83,16 +83,24 @@ def load_characters(task: CharactersTask, progress: Callable[[int, int], None] |
     splits = {}
     done = 0
     for split, count in counts.items():
+        drawn = [_with_fonts_of(letter, split) for letter in letters] if task.held_out_fonts else letters
 
         def report(rendered: int, _: int, before: int = done) -> None:
             if progress is not None:
                 progress(before + rendered, total)
 
-        grey, labels = render_letters(letters, split, count, distortion=task.distortion, seed=task.render_seed, progress=report)
+        grey, labels = render_letters(drawn, split, count, distortion=task.distortion, seed=task.render_seed, progress=report)
         names = [f"{letter.script} {letter.label} {split} {index}" for letter in letters for index in range(count)]
         splits[split] = ImageSet([to_rgb(image) for image in grey], labels, names)
         done += len(labels)
     return TaskData(task.name, tuple(letter.label for letter in letters), splits["train"], splits["validation"], splits["test"])
+
+
+def _with_fonts_of(letter: Letter, split: str) -> Letter:
+    """Returns a letter with the fonts that its images of a split are drawn in if fonts are held out for the test."""
+    held_out = held_out_fonts(letter)
+    others = tuple(font for font in letter.fonts if font not in held_out)
+    return dataclasses.replace(letter, fonts=held_out if held_out and split == "test" else others)
 
 
 def render_letters(

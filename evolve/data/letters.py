@@ -48,6 +48,8 @@ FONTS = (
 )
 """Names of the fonts, in a fixed order. Of what matplotlib ships, these draw letters of their own for text."""
 
+_FAMILIES = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIX")
+
 GLYPH_SIZE = 48
 """Longer side of a glyph's ink as `glyph` returns it, in pixels."""
 
@@ -102,6 +104,28 @@ def letters_of(script: str) -> tuple[Letter, ...]:
             f"one of these, with so many letters each: {listed}",
         )
     return found
+
+
+def held_out_fonts(letter: Letter) -> tuple[int, ...]:
+    """Returns the fonts that a letter's test images can have to themselves; none if it has too few fonts for that.
+
+    Of several families, all fonts of one: STIX, or else DejaVu Serif, whose shapes differ most from those of the others. Of four or more
+    fonts of one family, the bold half. So at least two fonts are left to train with.
+    """
+    families = {font: _family(font) for font in letter.fonts}
+    if len(set(families.values())) > 1:
+        last = max(families.values())
+        held_out = tuple(font for font in letter.fonts if families[font] == last)
+    else:
+        held_out = tuple(font for font in letter.fonts if "Bol" in FONTS[font]) if len(letter.fonts) >= 4 else ()
+    return held_out if len(letter.fonts) - len(held_out) >= 2 else ()
+
+
+def _family(font: int) -> int:
+    """Returns the index in _FAMILIES of a font's family."""
+    matching = [index for index, family in enumerate(_FAMILIES) if FONTS[font].startswith(family)]
+    # The longest name counts: DejaVuSansMono begins as DejaVuSans does.
+    return max(matching, key=lambda index: len(_FAMILIES[index]))
 
 
 @functools.cache

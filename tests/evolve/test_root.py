@@ -92,6 +92,40 @@ def test_keeps_the_first_blocks(tmp_path: pathlib.Path) -> None:
         from_file(tmp_path / "model.safetensors", blocks=7)
 
 
+@pytest.mark.parametrize(
+    ("name", "image_size", "grid"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", 224, 14),
+        ("vit_small_patch16_384.augreg_in21k_ft_in1k", 384, 24),
+        ("vit_base_patch16_224.augreg_in21k", 224, 14),
+        ("deit3_small_patch16_224.fb_in22k_ft_in1k", 224, 14),
+    ],
+)
+def test_whole_models_of_timm_come_from_their_checkpoint_and_answer_alike(
+    tmp_path: pathlib.Path, name: str, image_size: int, grid: int
+) -> None:
+    # As published: all blocks, the native grid, a head of thousands of classes, the model's own scaling of images.
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    model = model.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        scales = parameter_name.endswith(("gamma", "norm.weight", "norm1.weight", "norm2.weight"))
+        nn.init.normal_(parameter, mean=float(scales), std=0.05, generator=generator)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    root = from_file(tmp_path / "model.safetensors", name)
+    assert (root.image_size, root.layers[POS_EMBED][0].integer("grid_height")) == (image_size, grid)
+    pixels = torch.randint(0, 256, (2, image_size, image_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(((pixels / 255 - mean) / std).permute(0, 3, 1, 2)), pre_logits=True)
+        found: Any = pixels
+        for spec, tensors in root.layers.values():
+            found = build_module(spec, tensors)(found)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.std(0).mean() > 1e-3, "answers that do not depend on the image would prove nothing"
+
+
 class Malicious:
     def __init__(self, file: pathlib.Path) -> None:
         self.file = file

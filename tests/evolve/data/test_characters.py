@@ -1,5 +1,6 @@
 """Rendered characters: the same images for the same settings everywhere, varied by distortion, independent of how many are asked for."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from evolve.config import CharactersTask
 from evolve.data.characters import IMAGE_SIZE, render_letters
-from evolve.data.letters import letters_of
+from evolve.data.letters import FONTS, held_out_fonts, letters_of
 from evolve.data.load import load_task
 from evolve.errors import DataError
 
@@ -118,3 +119,40 @@ def test_classes_can_be_told_apart() -> None:
 def test_unknown_script() -> None:
     with pytest.raises(DataError, match="found script 'klingon'"):
         load_task(task(script="klingon"))
+
+
+@pytest.mark.parametrize("script", ["GREEK", "GEORGIAN", "HEBREW", "LATIN"])
+def test_held_out_fonts_draw_test_images_alone(script: str) -> None:
+    for letter in letters_of(script):
+        held_out = set(held_out_fonts(letter))
+        assert held_out < set(letter.fonts)
+        assert len(set(letter.fonts) - held_out) >= 2
+        if len(letter.fonts) >= 4:
+            assert held_out, letter
+    assert held_out_fonts(letters_of("NKO")[0]) == (), "two fonts are too few to keep one back"
+
+
+def test_held_out_fonts_of_the_common_letters_are_another_family() -> None:
+    fonts = {FONTS[font] for letter in letters_of("GREEK")[:30] for font in held_out_fonts(letter)}
+    assert {name[:4] for name in fonts} == {"STIX"}
+    assert all(FONTS[font].startswith("DejaVuSerif") for font in held_out_fonts(letters_of("ARMENIAN")[0]))
+
+
+def test_held_out_fonts_change_splits_as_they_say() -> None:
+    plain, held = load_task(task(distortion=0)), load_task(task(distortion=0, held_out_fonts=True))
+    assert plain.test is not None
+    assert held.test is not None
+    alpha = letters_of("GREEK")[0]
+
+    def drawings(fonts: tuple[int, ...]) -> set[bytes]:
+        only = [dataclasses.replace(alpha, fonts=(font,)) for font in fonts]
+        return {image.tobytes() for one in only for image in render_letters([one], "any", 200, distortion=0, seed=0)[0]}
+
+    own = drawings(held_out_fonts(alpha))
+    others = drawings(tuple(font for font in alpha.fonts if font not in held_out_fonts(alpha)))
+    assert not own & others
+    for images, expected in ((held.train, others), (held.validation, others), (held.test, own)):
+        alphas = [image[..., 0].tobytes() for image, label in zip(images.images, images.labels, strict=True) if label == 0]
+        assert alphas
+        assert set(alphas) <= expected
+    assert plain.fingerprint != held.fingerprint
