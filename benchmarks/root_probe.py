@@ -5,7 +5,8 @@
 The probe is scikit-learn's logistic regression on the class token's row behind the final norm, each feature scaled to deviation 1 on the
 training images; its regularisation is the best of five on the validation images, chosen for each root on its own. The random
 root has the architecture of the other and timm's initial weights. The tasks are scripts that no recipe pretrains on, rendered with
-the default distortion, and scikit-learn's handwritten digits. Prints one JSON line for each task and a last one that sums up.
+the default distortion, their test images in fonts that the probe did not train on, and scikit-learn's handwritten digits. Prints one JSON
+line for each task and a last one that sums up.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from evolve.layer import PATCH_EMBED, LayerKind, block_position
 from evolve.root import RootLayers, load_root
 from evolve.vit import PathModel, build_module, decompose
 
-SCRIPTS = ("GREEK", "ARMENIAN", "HEBREW", "NKO", "LATIN")
+SCRIPTS = ("GREEK", "LATIN", "ARMENIAN", "GEORGIAN", "HEBREW", "LISU", "NKO")
 """Reserved for tasks: no recipe pretrains on them."""
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -87,6 +88,7 @@ def tasks(arguments: argparse.Namespace) -> list[TaskData]:
             validation_per_class=10,
             test_per_class=arguments.test,
             max_classes=arguments.classes,
+            held_out_fonts=True,
         )
         for script in SCRIPTS
     ]
