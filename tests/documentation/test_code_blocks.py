@@ -129,6 +129,9 @@ def test_a_block_that_no_test_would_run_is_a_fault(text: str, fault: str | None)
         Block("page.md:1", "sh", "make dmeo\n"),
         Block("page.md:1", "sh", "pip install 'munet[server]'\n"),
         Block("page.md:1", "sh", "pip install --constraint constraints.txt '.[serve]'\n"),
+        Block(
+            "page.md:1", "sh", "curl --location --output a https://huggingface.co/timm/vit_none/resolve/main/model.safetensors\n"
+        ),
         Block("page.md:1", "python", "import evolve.nothing\n"),
         Block("page.md:1", "json", "{1}\n"),
         Block("page.md:1", "toml", '# experiment.toml\n[[tasks]]\nname = "a"\nsource = "digits"\nlimit = 3\n'),

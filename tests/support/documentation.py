@@ -2,7 +2,8 @@
 
 What differs from a stranger's machine: `munet-evolve`, `munet-server` and `python` are those of this checkout; `make` and `pip` only check
 that what they are asked for exists; the server's ports are free ones, wherever a page or a default says 8500 and 8501; timm finds its
-weights, random ones, in the hub's cache; and numbers that would take too long are replaced, by a table in the test.
+weights, random ones, in the hub's cache, and so does `curl`, which knows no other address than the hub's; and numbers that would take
+too long are replaced, by a table in the test.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from tests.support.processes import TOP, environment
 LANGUAGES = ("sh", "toml", "python", "csv", "json", "text")
 """Languages of blocks that a test knows what to do with."""
 
-COMMANDS = ("munet-evolve", "munet-server", "make", "pip", "python", "python3")
+COMMANDS = ("munet-evolve", "munet-server", "make", "pip", "curl", "python", "python3")
 """What shims answer to. A block of `text` must not hold a line that begins with one of them: it would be a command that nobody runs."""
 
 MODEL = "vit_tiny_patch16_224.augreg_in21k"
@@ -241,6 +242,20 @@ match sys.argv[1:]:
         sys.exit(f"found pip {{arguments}}; expected an installation of the checkout with its constraints")
 """
 
+_CURL_SHIM = """#!{python}
+import pathlib, re, shutil, sys
+match sys.argv[1:]:
+    case ["--location", "--output", output, address]:
+        found = re.fullmatch(r"https://huggingface\\.co/timm/([^/]+)/resolve/main/([^/]+)", address)
+        snapshots = pathlib.Path({cache!r}) / f"models--timm--{{found[1]}}" / "snapshots" if found else pathlib.Path("nowhere")
+        files = list(snapshots.glob(f"*/{{found[2]}}")) if found else []
+        if len(files) != 1:
+            sys.exit(f"found {{address}}; expected the address that timm itself downloads from")
+        shutil.copyfile(files[0], output)
+    case arguments:
+        sys.exit(f"found curl {{arguments}}; expected --location --output FILE ADDRESS")
+"""
+
 
 class Stranger:
     """A folder with images, the commands on PATH, and the servers that were started there; leaving the block stops them.
@@ -265,6 +280,7 @@ class Stranger:
         self._shim(commands / "munet-server", _SHIM.format(module="server.cli", **values))
         self._shim(commands / "make", _MAKE_SHIM.format(make="/usr/bin/make", top=shlex.quote(str(TOP))))
         self._shim(commands / "pip", _PIP_SHIM.format(**values))
+        self._shim(commands / "curl", _CURL_SHIM.format(cache=str(hub_cache), **values))
         for name in ("python", "python3"):
             (commands / name).symlink_to(sys.executable)
         self._environment = {
