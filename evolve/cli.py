@@ -24,7 +24,7 @@ from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED
-from evolve.progress import ProgressObserver, loading
+from evolve.progress import ProgressObserver, loading, publishing
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
@@ -55,14 +55,15 @@ def run(
     repository: Annotated[
         pathlib.Path | None, typer.Option("--repository", metavar="DIR", help="Publish here after each closed task.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the file.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Overrides the file.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the file.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the experiment.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")] = None,
 ) -> None:
-    """Evolve tasks.
+    """Evolve the tasks of an experiment.
 
-    Brings every task of the experiment (or those named) to its number of rounds. The same command goes on where an earlier one was
-    stopped; what is finished is not done again.
+    Brings every task (or those named) to the experiment's number of rounds, and makes the system if there is none.
+
+    The same command goes on where an earlier one was stopped, and after a task was added; what is finished is not done again.
     """
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
@@ -84,14 +85,22 @@ def run(
     finally:
         observer.stop()
     if not active:
-        console.print(f"nothing to do: every task has {settings.search.rounds} rounds; --rounds asks for more", highlight=False)
+        rounds_had = _counted(settings.search.rounds, "round")
+        console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
     if repository is not None and not active:
         publish("")
 
 
 @app.command()
 def show(system: SystemFolder, as_json: AsJson = False) -> None:
-    """Show tasks, quality, test accuracy, parameters and what is shared."""
+    """Show tasks, quality, test accuracy, parameters and what is shared.
+
+    quality: accuracy on the validation images, 0 to 1, which the search chose by. test: accuracy on images it never saw.
+
+    parameters: of the task's whole path. own: of layers that neither the root nor another task uses.
+
+    accounted: each layer's parameters divided by the number of tasks that use it.
+    """
     summary = summarise(System.open(system))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
@@ -113,7 +122,7 @@ def verify(system: SystemFolder) -> None:
     if findings:
         typer.echo(f"{len(findings)} things are wrong in {system}", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{system}: {len(opened.tasks())} tasks, every layer and path is as it was written")
+    typer.echo(f"{system}: {_counted(len(opened.tasks()), 'task')}, every layer and path is as it was written")
 
 
 @app.command()
@@ -195,7 +204,7 @@ def _prepare(
     settings: Experiment, chosen: tuple[TaskSettings, ...], folder: pathlib.Path, console: rich.console.Console
 ) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
     """Loads data and root before anything is written, and returns the system with the tasks that have rounds to do."""
-    from evolve.data.load import load_task
+    from evolve.data.load import doubts_about_quality, load_task
     from evolve.training.device import resolve_device
 
     resolve_device(settings.training)
@@ -214,7 +223,7 @@ def _prepare(
             highlight=False,
             soft_wrap=True,
         )
-        for warning in data.warnings:
+        for warning in (*data.warnings, *doubts_about_quality(data)):
             typer.echo(f"warning: {task.name}: {warning}", err=True)
     if system is None:
         system = _create_system(settings, folder)
@@ -263,16 +272,16 @@ def _describe_root(root: RootSettings) -> dict[str, Any]:
 
 
 def _export(system: System, repository: pathlib.Path, target: Literal["cpu", "gpu"], console: rich.console.Console) -> str:
-    """Publishes, with a live line on a terminal, and returns what was done in words."""
+    """Publishes, telling what is under way, and returns what was done in words."""
     from evolve.export.publish import export_system
 
-    with console.status(f"publishing to {repository}") as status:
-        result = export_system(system, repository, target=target, progress=status.update)
+    with publishing(console, repository) as tell:
+        result = export_system(system, repository, target=target, progress=tell)
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date"
     return (
-        f"{repository}: published generation {result.generation}, {len(result.new_segments)} new segments, "
-        f"{len(result.reused_segments)} as they were, {result.seconds:.1f} s"
+        f"{repository}: published generation {result.generation}, {_counted(len(result.new_segments), 'new segment')}, "
+        f"{len(result.reused_segments)} as before, {result.seconds:.1f} s"
     )
 
 
@@ -293,11 +302,14 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
     console.print(table)
     for task in summary.tasks:
         console.print(f"{task.name}: {task.make_up(summary.root_blocks)}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"{summary.num_layers} distinct layers with {summary.num_parameters:,} parameters; "
-        f"{len(summary.tasks)} separate models would have {summary.separate_parameters:,}",
-        highlight=False,
-    )
+    line = f"{_counted(summary.num_layers, 'distinct layer')} with {summary.num_parameters:,} parameters"
+    if len(summary.tasks) > 1:
+        line += f"; {len(summary.tasks)} separate models would have {summary.separate_parameters:,}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

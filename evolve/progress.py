@@ -1,8 +1,9 @@
-"""Progress of loading and searching for a person to follow: a live view on a terminal, plain lines elsewhere."""
+"""Progress of loading, searching and publishing for a person to follow: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +16,7 @@ from evolve.path import Path
 from evolve.store import TaskRecord
 
 LINE_SECONDS = 10.0
-"""Where there is no terminal, long loading says a line as often."""
+"""Where there is no terminal, long loading and publishing say a line as often."""
 
 
 @contextlib.contextmanager
@@ -39,6 +40,29 @@ def loading(console: rich.console.Console, task: str) -> Iterator[Callable[[int,
         if time.monotonic() - said >= LINE_SECONDS:
             said = time.monotonic()
             console.print(f"{task}: {done} of {total} images read", highlight=False, markup=False, soft_wrap=True)
+
+    yield tell
+
+
+@contextlib.contextmanager
+def publishing(console: rich.console.Console, repository: pathlib.Path) -> Iterator[Callable[[str], None]]:
+    """Gives what evolve.export.publish tells its progress: a live line on a terminal, now and then a plain line elsewhere.
+
+    Args:
+        console: decides whether it is a terminal.
+        repository: that is published to.
+    """
+    if console.is_terminal:
+        with console.status(f"publishing to {repository}") as status:
+            yield status.update
+        return
+    said = time.monotonic()
+
+    def tell(sentence: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            console.print(f"{repository}: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
     yield tell
 

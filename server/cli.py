@@ -70,7 +70,7 @@ class RunningServer:
         """What is said once the server answers, for people and scripts."""
         generation = self.reloader.generation
         number, num_tasks = (generation.number, len(generation.tasks)) if generation else (0, 0)
-        line = f"serving generation {number} ({num_tasks} task{'' if num_tasks == 1 else 's'}) at {self.front_door.address}"
+        line = f"serving generation {number} ({_counted(num_tasks, 'task')}) at {self.front_door.address}"
         metrics = f", metrics {self.metrics_address}" if self.metrics_address else ""
         return f"{line}, admin {self.front_door.admin_address}{metrics}"
 
@@ -134,26 +134,28 @@ async def _serve(settings: ServerSettings) -> None:
 
 @app.command()
 def serve(
-    repository: Annotated[pathlib.Path | None, typer.Option(help="The model repository. [default: model_repository]")] = None,
+    repository: Annotated[
+        pathlib.Path | None, typer.Option(help="The model repository.", show_default="model_repository")
+    ] = None,
     listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for questions; port 0 for any free one. [default: 127.0.0.1:8500]")
+        str | None, typer.Option(help="HOST:PORT for questions; port 0 for any free one.", show_default="127.0.0.1:8500")
     ] = None,
     admin_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for administration; keep it on loopback. [default: 127.0.0.1:8501]")
+        str | None, typer.Option(help="HOST:PORT for administration; keep it on loopback.", show_default="127.0.0.1:8501")
     ] = None,
     metrics_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP. [default: none]")
+        str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP.", show_default="none")
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Threads that compute one batch; 0 for all CPUs. Batches run side by side anyway. [default: 1]"),
+        typer.Option(help="Threads that compute one batch; 0 for all CPUs. Batches run side by side anyway.", show_default="1"),
     ] = None,
-    watch_interval: Annotated[float | None, typer.Option(help="Seconds between looks at CURRENT. [default: 0.2]")] = None,
+    watch_interval: Annotated[float | None, typer.Option(help="Seconds between looks at CURRENT.", show_default="0.2")] = None,
     drain: Annotated[
-        float | None, typer.Option(help="Seconds from NOT_SERVING to refusing requests at shutdown. [default: 0.5]")
+        float | None, typer.Option(help="Seconds from NOT_SERVING to refusing requests at shutdown.", show_default="0.5")
     ] = None,
     grace: Annotated[
-        float | None, typer.Option(help="Seconds for requests in flight to finish at shutdown. [default: 10]")
+        float | None, typer.Option(help="Seconds for requests in flight to finish at shutdown.", show_default="10")
     ] = None,
     settings: Annotated[
         pathlib.Path | None, typer.Option(help="TOML file with any of server.config.ServerSettings; flags override it.")
@@ -190,21 +192,22 @@ def check(repository: RepositoryOption = pathlib.Path("model_repository")) -> No
     for finding in findings:
         print(finding, file=sys.stderr)
     if generation is None or findings:
-        print(f"generation {number} in {repository}: {len(findings)} faults", file=sys.stderr)
+        print(f"generation {number} in {repository}: {_counted(len(findings), 'fault')}", file=sys.stderr)
         raise typer.Exit(2)
-    print(f"generation {number} in {repository} is whole: {len(generation.tasks)} tasks, {len(generation.segments)} segments")
+    counts = f"{_counted(len(generation.tasks), 'task')}, {_counted(len(generation.segments), 'segment')}"
+    print(f"generation {number} in {repository} is whole: {counts}")
 
 
 @app.command()
 def classify(
     files: Annotated[list[pathlib.Path], typer.Argument(metavar="FILE...", help="Images.")],
     server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8500",
-    task: Annotated[list[str] | None, typer.Option(help="Task to ask; repeat for several. [default: all]")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task to ask; repeat for several.", show_default="all")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
     as_json: JsonOption = False,
     timeout: TimeoutOption = 30.0,
 ) -> None:
-    """Asks a server about images."""
+    """Asks a server about images: one line for each image and task, with the most probable classes."""
     _check_address_option("--server", server)
     answers = []
     with Client(server) as client:
@@ -259,6 +262,10 @@ def _check_address_option(option: str, address: str) -> None:
         raise SettingsError(option, address, str(error)) from error
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _label_rows(classification: Classification) -> list[dict[str, Any]]:
     return [dataclasses.asdict(label) for label in classification.labels]
 
@@ -269,7 +276,7 @@ def _label_text(classification: Classification) -> str:
 
 def _status_text(status_: ServerStatus) -> str:
     lines = [
-        f"generation {status_.generation}, {status_.num_tasks} tasks, up {status_.uptime_seconds:.0f} s, "
+        f"generation {status_.generation}, {_counted(status_.num_tasks, 'task')}, up {status_.uptime_seconds:.0f} s, "
         f"{status_.engine}, version {status_.version}"
     ]
     last = status_.last_reload

@@ -300,12 +300,14 @@ class CallError(ServerError):
         details: the server's words.
     """
 
+    _advice = ""
+
     def __init__(self, server: str, method: str, status: str, details: str) -> None:
         self.server = server
         self.method = method
         self.status = status
         self.details = details
-        super().__init__(f"{method} at {server}: {details} ({status})")
+        super().__init__(f"{method} at {server}: {details} ({status}){self._advice}")
 
 
 class CallRefusedError(CallError):
@@ -326,6 +328,8 @@ class ServerBusyError(CallError):
 
 class ServerUnreachableError(CallError):
     """No server answers there, or it is shutting down."""
+
+    _advice = "; is `munet-server serve` running there?"
 
 
 class ServerFailedError(CallError):

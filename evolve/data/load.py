@@ -19,6 +19,9 @@ from evolve.data.table import load_csv
 from evolve.data.task import ImageSet, TaskData
 from evolve.errors import DataError
 
+FEW_VALIDATION_IMAGES = 50
+"""With fewer, one image moves quality by more than 2 %."""
+
 
 def load_task(settings: TaskSettings, progress: Callable[[int, int], None] | None = None) -> TaskData:
     """Loads a task's data: into memory, or, where the task has a cache, so that images are read when they are asked for.
@@ -88,6 +91,26 @@ def oddities(data: TaskData, source: str) -> tuple[str, ...]:
         if len(alike) > 1
     ]
     return tuple(odd)
+
+
+def doubts_about_quality(data: TaskData) -> tuple[str, ...]:
+    """Returns why the task's quality should be taken with care: validation images that are few, or do not show every class.
+
+    Args:
+        data: of a task.
+    """
+    doubts = []
+    number = len(data.validation)
+    if number < FEW_VALIDATION_IMAGES:
+        doubts.append(
+            f"quality is measured on {number} validation image{'' if number == 1 else 's'} and moves in steps of {1 / number:.3f}: "
+            "paths that differ little are told apart by chance; more images, or validation/ and test/ of your own, make it finer"
+        )
+    present = set(data.validation.labels.tolist())
+    missing = [label for index, label in enumerate(data.labels) if index not in present]
+    if missing:
+        doubts.append(f"there are no validation images of {_listed(missing)}: quality says nothing about that")
+    return tuple(doubts)
 
 
 def check(data: TaskData, source: str) -> None:

@@ -98,7 +98,7 @@ def test_a_small_real_search_from_end_to_end(folder, monkeypatch, capsys):
     assert reference_logits(colours, system.tensors, images).tobytes() == before.tobytes()
 
     assert _main(monkeypatch, "run", file, "--system", system_folder) == 0
-    assert "nothing to do: every task has 1 rounds" in capsys.readouterr().out
+    assert "nothing to do: every task has 1 round;" in capsys.readouterr().out
     assert _main(monkeypatch, "verify", "--system", system_folder) == 0
     capsys.readouterr()
     assert _main(monkeypatch, "show", "--system", system_folder, "--json") == 0

@@ -19,6 +19,7 @@ import pytest
 
 from server.cli import main
 from server.client import AdminClient, Client
+from server.config import ServerSettings
 from tests.support.images import encode
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
 
@@ -111,7 +112,7 @@ def test_serve_answer_watch_and_stop(
         status, out, _ = run_here(capsys, "reload", "--admin", server.admin)
         assert (status, out.startswith("serving generation 2")) == (0, True)
         status, out, _ = run_here(capsys, "status", "--admin", server.admin)
-        assert (status, "generation 2, 1 tasks" in out) == (0, True)
+        assert (status, "generation 2, 1 task, up" in out) == (0, True)
         status, out, _ = run_here(capsys, "status", "--admin", server.admin, "--json")
         assert json.loads(out)["generation"] == 2
         with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
@@ -194,7 +195,7 @@ def test_bad_input_is_told_with_status_2(
         (("serve", "--listen", "nowhere"), "listen: found 'nowhere', expected HOST:PORT"),
         (("serve", "--settings", settings), "limits.max_imagess: found 3, expected no such key"),
         (("check", "--repository", tmp_path / "none"), "found no folder"),
-        (("status", "--admin", "127.0.0.1:1"), "UNAVAILABLE"),
+        (("status", "--admin", "127.0.0.1:1"), "(UNAVAILABLE); is `munet-server serve` running there?"),
     )
     for index, (arguments, words) in enumerate(cases):
         status, out, err = run(*arguments) if index < 2 else run_here(capsys, *arguments)
@@ -207,6 +208,17 @@ def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run_here(capsys, "--help")
     assert status == 0
     assert all(name in out for name in ("serve", "check", "classify", "status", "reload"))
+
+
+def test_help_states_the_true_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = run_here(capsys, "serve", "--help")
+    settings = ServerSettings()
+    assert status == 0
+    for value in (settings.repository, settings.listen, settings.admin_listen, settings.engine.threads):
+        assert f"[default: ({value})]" in out
+    for seconds in (settings.watch_interval_seconds, settings.drain_seconds, settings.grace_seconds):
+        assert f"[default: ({seconds:g})]" in out
 
 
 def test_the_server_never_imports_torch(builder: RepositoryBuilder) -> None:

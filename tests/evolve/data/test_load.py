@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from evolve.data.load import check, oddities
+from evolve.data.load import FEW_VALIDATION_IMAGES, check, doubts_about_quality, oddities
 from evolve.data.splits import hashed_order, limited, pinned, shuffled, stratified
 from evolve.data.task import ImageSet, TaskData
 from evolve.errors import DataError
@@ -138,6 +138,19 @@ def test_nothing_odd_is_no_warning() -> None:
 def test_classes_that_differ_in_case_alone() -> None:
     data = dataclasses.replace(GOOD, labels=("Cat", "cat", "dog"), validation=images(), test=None)
     assert oddities(data, "here") == ("classes 'Cat' and 'cat' of here differ only in case",)
+
+
+def test_few_validation_images_make_quality_doubtful() -> None:
+    (doubt,) = doubts_about_quality(dataclasses.replace(GOOD, validation=images(*[0, 1] * 4)))
+    assert doubt.startswith("quality is measured on 8 validation images and moves in steps of 0.125:")
+    many = images(*[index % 2 for index in range(FEW_VALIDATION_IMAGES)])
+    assert doubts_about_quality(dataclasses.replace(GOOD, validation=many)) == ()
+
+
+def test_classes_that_validation_does_not_show_make_quality_doubtful() -> None:
+    blind = images(*[1] * FEW_VALIDATION_IMAGES)
+    expected = "there are no validation images of class 'a': quality says nothing about that"
+    assert doubts_about_quality(dataclasses.replace(GOOD, validation=blind)) == (expected,)
 
 
 def test_stratified_uses_every_image_once() -> None:

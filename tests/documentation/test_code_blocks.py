@@ -1,0 +1,194 @@
+"""Every code block of every page runs: as a stranger would run it, in the order of the page, in one folder for each page."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import huggingface_hub.constants
+import pytest
+import typer.main
+
+import evolve.cli
+import server.cli
+from tests.support.documentation import (
+    Block,
+    PageError,
+    Stranger,
+    blocks,
+    find_fault,
+    inline_code,
+    make_hub_cache,
+    pages,
+    replace_numbers,
+)
+from tests.support.processes import TOP
+
+_SMALL = {
+    "blocks = 6 ": "blocks = 1 ",
+    "image_size = 96": "image_size = 32",
+    "children_per_task = 16": "children_per_task = 2\ngeneration_size = 2",
+    "batch_size = 32": "batch_size = 8\nintervals = 1\nbatches_per_interval = 2\nthreads = 1",
+}
+"""What the pages print, and what would take minutes if it ran so."""
+
+REPLACEMENTS: dict[str, dict[str, str]] = {
+    "README.md": _SMALL,
+    "docs/first-task.md": {**_SMALL, "blocks = 6\n": "blocks = 1\n"},
+}
+
+PAGES = [page.as_posix() for page in pages()]
+STORIES = [page for page in PAGES if blocks((TOP / page).read_text(encoding="utf-8"), page)]
+
+
+def _read(page: str) -> str:
+    return (TOP / page).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("hub")
+    make_hub_cache(folder)
+    return folder
+
+
+def test_the_pages_are_found() -> None:
+    known = {"README.md", "CONTRIBUTING.md", "docs/first-task.md", "docs/data.md", "model_repository/README.md"}
+    assert known | {"evolve/roots/README.md", "docs/decisions/README.md"} <= set(PAGES)
+    assert {"README.md", "docs/first-task.md", "docs/data.md"} <= set(STORIES)
+    assert set(REPLACEMENTS) <= set(STORIES)
+
+
+def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path) -> None:
+    text = replace_numbers(_read(page), REPLACEMENTS.get(page, {}), page)
+    found = blocks(text, page)
+    faults = [f"{block.where}: {fault}" for block in found if (fault := find_fault(block))]
+    if faults:
+        raise PageError("\n".join(faults))
+    with Stranger(folder, hub_cache) as stranger:
+        for block in found:
+            stranger.run(block)
+
+
+@pytest.fixture(scope="module")
+def walks(hub_cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+    """Every page is being walked, each in a folder of its own, two at a time: most of what they do is waiting for processes."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        top = tmp_path_factory.mktemp("strangers")
+        longest_first = sorted(STORIES, key=lambda page: -len(_read(page)) * ("```sh" in _read(page)))
+        yield {page: pool.submit(_walk, page, top / page.replace("/", "-"), hub_cache) for page in longest_first}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", STORIES)
+def test_the_blocks_of_a_page_run(page: str, walks: dict[str, Future[None]]) -> None:
+    walks[page].result()
+
+
+# What must not slip through
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("```\nmunet-evolve show\n```\n", "found language ''"),
+        ("~~~bash\nls\n~~~\n", "found language 'bash'"),
+        ("```sh norun\nls\n```\n", "found language 'sh norun'"),
+        ("* a list\n\n  ```\n  ls\n  ```\n", "found language ''"),
+        ("> ```\n> ls\n> ```\n", "found language ''"),
+        ("prose\n\n    ls\n", "without ``` fences"),
+        ("<pre>ls</pre>\n", "without ``` fences"),
+        ("```text\n$ munet-evolve show --system x\n```\n", "found the command '$ munet-evolve show --system x'"),
+        ("```text\npip install munet\n```\n", "found the command"),
+        ("```sh\nmunet-server serve\nls\n```\n", "expected a block of its own"),
+        ("```sh\ncd elsewhere\n```\n", "leave the shell as it was"),
+        ("```sh\n# nothing\n```\n", "found no command"),
+        ("```sh\nls\n", None),
+        ("```text\n  a --> b\n```\n", None),
+    ],
+)
+def test_a_block_that_no_test_would_run_is_a_fault(text: str, fault: str | None) -> None:
+    (block,) = blocks(text, "page.md")
+    found = find_fault(block)
+    assert (found is None) if fault is None else (found is not None and fault in found)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block("page.md:1", "sh", "true\nfalse\ntrue\n"),
+        Block("page.md:1", "sh", "false | true\n"),
+        Block("page.md:1", "sh", "munet-evolve shwo --system x\n"),
+        Block("page.md:1", "sh", "munet-server serve --repository nowhere\n"),
+        Block("page.md:1", "sh", "make dmeo\n"),
+        Block("page.md:1", "sh", "pip install 'munet[server]'\n"),
+        Block("page.md:1", "sh", "pip install --constraint constraints.txt '.[serve]'\n"),
+        Block(
+            "page.md:1", "sh", "curl --location --output a https://huggingface.co/timm/vit_none/resolve/main/model.safetensors\n"
+        ),
+        Block("page.md:1", "python", "import evolve.nothing\n"),
+        Block("page.md:1", "json", "{1}\n"),
+        Block("page.md:1", "toml", '# experiment.toml\n[[tasks]]\nname = "a"\nsource = "digits"\nlimit = 3\n'),
+        Block("page.md:1", "toml", '# server.toml\nlisten = "nowhere"\n'),
+    ],
+    ids=lambda block: block.text.partition("\n")[0],
+)
+def test_a_block_that_does_not_work_fails(block: Block, stranger: Stranger) -> None:
+    assert find_fault(block) is None
+    with pytest.raises(PageError, match="page.md:1"):
+        stranger.run(block)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory, hub_cache: pathlib.Path) -> Stranger:
+    folder = tmp_path_factory.mktemp("stranger") / "photographs"
+    # Not entered: the servers that it starts end by themselves.
+    return Stranger(folder, hub_cache)
+
+
+def test_the_settings_of_a_server_are_settings(stranger: Stranger) -> None:
+    stranger.run(Block("page.md:1", "toml", '# server.toml\nlisten = "127.0.0.1:0"\n[engine]\nworkers = 2\n'))
+    assert "workers" in (stranger.folder / "server.toml").read_text()
+
+
+def test_what_is_not_there_once_is_not_replaced() -> None:
+    with pytest.raises(PageError, match="'b' 0 times"):
+        replace_numbers("a", {"b": "c"}, "page.md")
+    with pytest.raises(PageError, match="'a' 2 times"):
+        replace_numbers("aa", {"a": "c"}, "page.md")
+
+
+# What the pages say besides
+
+
+def test_readme_and_the_first_task_have_one_experiment() -> None:
+    experiments = []
+    for page in ("README.md", "docs/first-task.md"):
+        (printed,) = [block.text for block in blocks(_read(page), page) if block.first_line == "# experiment.toml"]
+        experiments.append(tomllib.loads(printed))
+    assert experiments[0] == experiments[1]
+
+
+def test_data_has_a_block_for_every_source() -> None:
+    printed = "".join(block.text for block in blocks(_read("docs/data.md"), "docs/data.md") if block.language == "toml")
+    assert set(re.findall(r'source = "(\w+)"', printed)) == {"folder", "csv", "arrays", "digits", "characters"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_prose_exist(page: str) -> None:
+    apps = {"munet-evolve": evolve.cli.app, "munet-server": server.cli.app}
+    for code in inline_code(_read(page)):
+        words = code.split()
+        if words[:1] not in (["munet-evolve"], ["munet-server"]) or len(words) < 2:
+            continue
+        group = typer.main.get_command(apps[words[0]])
+        assert words[1] in group.commands, f"{page}: found `{code}`; expected one of {sorted(group.commands)}"
+        known = {option for parameter in group.commands[words[1]].params for option in parameter.opts} | {"--help"}
+        unknown = {word for word in words if word.startswith("--")} - known
+        assert not unknown, f"{page}: found {sorted(unknown)} in `{code}`; expected some of {sorted(known)}"
