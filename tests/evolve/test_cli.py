@@ -275,7 +275,9 @@ def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):
     assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
     with System.open(folder / "system").evolving("colours"):
         assert _main(monkeypatch, "run", file, "--system", folder / "system", "--rounds", "2") == 2
-    assert "in use by another process" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "found another process at work on task 'colours'" in error
+    assert "wait until it ends; other tasks can be evolved meanwhile, each with --task" in error
 
 
 @pytest.mark.parametrize("command", ["run", "show", "verify", "remove", "pretrain", "export"])

@@ -161,7 +161,7 @@ def test_two_processes_cannot_evolve_one_task(system):
     with subprocess.Popen([sys.executable, "-c", script, str(system.folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "held"
-        with pytest.raises(BusyError, match="task digits"), system.evolving("digits"):
+        with pytest.raises(BusyError, match="another process at work on task .digits."), system.evolving("digits"):
             pass
         with system.evolving("other"):
             pass
