@@ -22,7 +22,7 @@ from server.client import Client
 from server.repository import Repository
 from tests.support.commands import Command, Commands
 from tests.support.processes import ServerProcess, server
-from tests.support.system import IMAGE_SIZE, random_tensors, root_specs
+from tests.support.system import ADAPTER_WIDTH, IMAGE_SIZE, random_tensors, root_specs
 
 NUM_KILLS = int(os.environ.get("MUNET_TEST_KILLS", "8"))
 """A soak has more: one system after another, until so many processes were killed."""
@@ -35,6 +35,7 @@ source = "file"
 file = "root.safetensors"
 [defaults]
 image_size = {IMAGE_SIZE}
+adapter_width = {ADAPTER_WIDTH}
 learning_rate = 0.05
 crop_area_min = 0.5
 flip = false
@@ -144,7 +145,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_torn(
 ) -> None:
     killed = number = 0
     while killed < NUM_KILLS:
-        life = Life(commands, experiment, tmp_path / str(number), random.Random(number), NUM_KILLS - killed)
+        life = Life(commands, experiment, tmp_path / str(number), random.Random(number), min(20, NUM_KILLS - killed))
         life.begin()
         life.go_on()
         killed += life.num_killed

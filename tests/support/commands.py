@@ -98,10 +98,11 @@ def main() -> None:
     from tests.support.system import TaskSketch, build_system
 
     torch.set_num_threads(1)
+    # Graphs are exported once for each architecture: those of small systems of three classes.
     with tempfile.TemporaryDirectory() as folder:
-        system = build_system(pathlib.Path(folder) / "system", {"warm": TaskSketch()})
-        (unit, *_) = units_of(system.path(system.tasks()["warm"].path_id))
-        export_segment(segment_of([unit], ExportSettings()), system.tensors, ExportSettings())
+        system = build_system(pathlib.Path(folder) / "system", {"warm": TaskSketch(classes=3, adapters=(1,))})
+        for unit in units_of(system.path(system.tasks()["warm"].path_id)):
+            export_segment(segment_of([unit], ExportSettings()), system.tensors, ExportSettings())
 
     left: set[int] = set()
     for line in sys.stdin:
