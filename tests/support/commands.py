@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 from types import TracebackType
 from typing import Self
 
+from tests.support.permissions import without_override
 from tests.support.processes import environment
 
 
@@ -59,15 +61,20 @@ class Commands:
         command = [sys.executable, "-m", "tests.support.commands"]
         self._process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(self, *arguments: str | pathlib.Path) -> Command:
-        """Starts a process and returns at once."""
+    def start(self, *arguments: str | pathlib.Path, max_file_bytes: int = -1) -> Command:
+        """Starts a process and returns at once.
+
+        Permissions hold for it also where they do not for root. Where no file may be larger than so many bytes, a write that goes
+        beyond is cut short and fails, as on a full disk.
+        """
         self._count += 1
         output = self._folder / f"output-{self._count}.txt"
-        return Command(self, int(self.ask({"start": [*map(str, arguments)], "output": str(output)})), output)
+        request = {"start": [*map(str, arguments)], "output": str(output), "max_file_bytes": max_file_bytes}
+        return Command(self, int(self.ask(request)), output)
 
-    def run(self, *arguments: str | pathlib.Path) -> tuple[int, str]:
+    def run(self, *arguments: str | pathlib.Path, max_file_bytes: int = -1) -> tuple[int, str]:
         """Runs a process to its end and returns its exit status and what it said."""
-        command = self.start(*arguments)
+        command = self.start(*arguments, max_file_bytes=max_file_bytes)
         return command.wait(), command.output
 
     def ask(self, request: dict[str, object]) -> str:
@@ -113,7 +120,7 @@ def main() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _become(request["start"], request["output"])
+                _become(request["start"], request["output"], request["max_file_bytes"])
             left.add(answer)
         print(answer, flush=True)
     for process in left:
@@ -122,7 +129,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _become(arguments: list[str], output: str) -> None:
+def _become(arguments: list[str], output: str, max_file_bytes: int) -> None:
     """Runs the command in place of this process; does not return."""
     import evolve.cli
 
@@ -130,10 +137,12 @@ def _become(arguments: list[str], output: str) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, nothing), (1, descriptor), (2, descriptor)):
         os.dup2(source, target)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     sys.argv = ["munet-evolve", *arguments]
     status = 70
     try:
-        evolve.cli.main()
+        with without_override():
+            evolve.cli.main()
         status = 0
     except SystemExit as ended:
         status = int(ended.code or 0)
