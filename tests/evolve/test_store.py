@@ -258,30 +258,29 @@ def test_a_task_that_is_removed_while_tasks_are_read_is_left_out(system, monkeyp
 
 def test_verify_finds_nothing_wrong_with_what_changes_meanwhile(system, monkeypatch):
     """Another process closes a round between two reads: it hands the parent on, then replaces its path."""
-    one, two, newer = (
-        derive_path(system, system.root, name, {HEAD: weight}) for name, weight in (("one", 1.0), ("two", 2.0), ("one", 3.0))
+    child, parent, newer = (
+        derive_path(system, system.root, name, {HEAD: weight}) for name, weight in (("a", 1.0), ("b", 2.0), ("b", 3.0))
     )
-    for path in (one, two, newer):
+    for path in (child, parent, newer):
         system.put_path(path)
-    system.put_task(_record(system, "one", path_id=one.id))
-    system.put_task(_record(system, "two", path_id=two.id, parent_id=one.id))
+    system.put_task(_record(system, "a", path_id=child.id, parent_id=parent.id))
+    system.put_task(_record(system, "b", path_id=parent.id))
     assert system.verify() == []
-
     is_closed = []
 
     def closed_at_last(self, file, read=System._read_task):
         record = read(self, file)
-        if file.stem == "two" and not is_closed:
+        if file.stem == "a" and not is_closed:
             is_closed.append(True)
-            system.replace_parent(one.id, system.root.id)
-            system.put_task(_record(system, "one", path_id=newer.id))
+            system.replace_parent(parent.id, system.root.id)
+            system.put_task(_record(system, "b", path_id=newer.id))
         return record
 
     monkeypatch.setattr(System, "_read_task", closed_at_last)
     assert system.verify() == []
-    assert system.tasks()["two"].parent_id == system.root.id
-    system.put_task(_record(system, "two", path_id=two.id, parent_id=one.id))
-    assert any("as the parent of task 'two'" in finding for finding in system.verify()), "a real fault would be found"
+    assert system.tasks()["a"].parent_id == system.root.id
+    system.put_task(_record(system, "a", path_id=child.id, parent_id=parent.id))
+    assert any("as the parent of task 'a'" in finding for finding in system.verify()), "a real fault would be found"
 
 
 def test_a_folder_that_nobody_may_look_into(system):
