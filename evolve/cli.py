@@ -21,7 +21,7 @@ import typer
 
 from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
-from evolve.errors import DamagedError, EvolveError, SettingsError
+from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED
 from evolve.progress import ProgressObserver, loading, publishing
@@ -72,23 +72,29 @@ def run(
     plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
     observer = ProgressObserver(console)
 
-    def publish(_name: str) -> None:
+    closed = []
+
+    def publish() -> None:
         if repository is not None:
             console.print(_export(opened, repository, "cpu", console), highlight=False, soft_wrap=True)
 
+    def finish(name: str) -> None:
+        closed.append(name)
+        publish()
+
     try:
-        run_rounds(opened, active, plan, observer, publish)
+        run_rounds(opened, active, plan, observer, finish)
     except KeyboardInterrupt:
         observer.stop()
         typer.echo("interrupted; nothing that was finished is lost: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     finally:
         observer.stop()
-    if not active:
+    if not closed:
         rounds_had = _counted(settings.search.rounds, "round")
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
-    if repository is not None and not active:
-        publish("")
+        # A process that was killed may have closed a task without publishing it.
+        publish()
 
 
 @app.command()
@@ -258,7 +264,14 @@ def _create_system(settings: Experiment, folder: pathlib.Path) -> System:
     root = load_root(settings.root)
     patch_embed, _ = root.layers[PATCH_EMBED]
     check_image_size(patch_embed.integer("patch_size"), settings.defaults.image_size)
-    return System.create(folder, root.layers, root.image_size, _describe_root(settings.root))
+    try:
+        return System.create(folder, root.layers, root.image_size, _describe_root(settings.root))
+    except SystemFolderError:
+        # Another process may have made one while this one loaded its data.
+        made = _open_system(settings.root, folder)
+        if made is None:
+            raise
+        return made
 
 
 def _describe_root(root: RootSettings) -> dict[str, Any]:

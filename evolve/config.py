@@ -11,9 +11,12 @@ import pydantic
 from evolve.errors import SettingsError
 from evolve.hyperparameters import Hyperparameters, Schedule
 from munet.names import check_task_name, similar_names
+from munet.settings import SettingFinding, findings, validate
 
 UnitInterval = Annotated[float, pydantic.Field(ge=0, le=1)]
 PositiveInt = Annotated[int, pydantic.Field(ge=1)]
+Threads = Annotated[int, pydantic.Field(ge=1, le=512)]
+"""More than any one machine computes on, and few enough for every machine to start."""
 
 
 class Settings(pydantic.BaseModel):
@@ -127,7 +130,7 @@ class TrainingSettings(Settings):
     validation_batches: PositiveInt = 10
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
-    threads: PositiveInt = 2
+    threads: Threads = 2
 
 
 class AnyTask(Settings):
@@ -304,12 +307,10 @@ def load_settings(file: pathlib.Path, kind: type[SettingsKind]) -> SettingsKind:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"found no TOML in {file} ({error})", "a TOML file", "mend that line") from error
     try:
-        return kind.model_validate(_anchor(values, file.parent))
+        return validate(kind, _anchor(values, file.parent))
     except pydantic.ValidationError as error:
-        findings = "".join(f"\n  {_finding(detail, kind)}" for detail in error.errors())
-        raise SettingsError(
-            f"found settings in {file} that cannot be used:{findings}", "the settings named above mended"
-        ) from None
+        lines = "".join(f"\n  {_describe(finding, kind)}" for finding in findings(error, kind))
+        raise SettingsError(f"found settings in {file} that cannot be used:{lines}", "the settings named above mended") from None
 
 
 def _anchor(values: Any, folder: pathlib.Path) -> Any:
@@ -324,15 +325,16 @@ def _anchor(values: Any, folder: pathlib.Path) -> Any:
     return values
 
 
-def _finding(detail: Any, kind: type[Settings]) -> str:
-    where = ".".join(str(part) for part in detail["loc"]) or kind.__name__
-    if detail["type"] == "extra_forbidden":
-        similar = similar_names(str(detail["loc"][-1]), _known_keys(kind))
+def _describe(finding: SettingFinding, kind: type[Settings]) -> str:
+    where = finding.name or kind.__name__
+    if finding.kind == "extra_forbidden":
+        similar = similar_names(where.rpartition(".")[2], _known_keys(kind))
         return f"{where}: unknown setting" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
-    message = detail["msg"].removeprefix("Value error, ")
-    found = detail.get("input")
-    shown = "" if isinstance(found, dict | list) else f" (found {found!r})"
-    return f"{where}: {message}{shown}"
+    is_shown = not isinstance(finding.found, dict | list)
+    if finding.is_allowed:
+        found = repr(finding.found) if is_shown else "a table" if isinstance(finding.found, dict) else "a list"
+        return f"{where}: found {found}, expected {finding.expected}"
+    return f"{where}: {finding.expected}" + (f" (found {finding.found!r})" if is_shown else "")
 
 
 def _known_keys(kind: Any, seen: frozenset[Any] = frozenset()) -> set[str]:

@@ -14,6 +14,7 @@ finished pack and end as if it had never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -41,15 +42,14 @@ class Journal:
 
         Raises:
             DamagedError: a line that was written whole is altered.
-            SystemFolderError: the file cannot be opened for writing.
+            SystemFolderError: a newer format, or the file cannot be opened for writing.
         """
         self.file = file
-        self.records, length = _parse(file)
+        self.records, self._length = _parse(file)
         try:
             make_folder(file.parent)
             self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-            os.ftruncate(self._descriptor, length)
-            os.lseek(self._descriptor, 0, os.SEEK_END)
+            self._cut_off()
             sync_folder(file.parent)
         except OSError as error:
             raise _unwritable(file, error) from error
@@ -63,14 +63,23 @@ class Journal:
         """
         record: Record = {"sequence": len(self.records), "type": kind, **fields}
         line = json.dumps({"crc32": _checksum(record), **record}, ensure_ascii=False) + "\n"
+        data = line.encode()
         try:
-            _write_all(self._descriptor, line.encode())
+            _write_all(self._descriptor, data)
             os.fsync(self._descriptor)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._cut_off()
             raise _unwritable(self.file, error) from error
+        self._length += len(data)
         # As it will be read back: tuples are lists in both.
         self.records.append(json.loads(line))
         return self.records[-1]
+
+    def _cut_off(self) -> None:
+        """Removes what stands behind the last whole record."""
+        os.ftruncate(self._descriptor, self._length)
+        os.lseek(self._descriptor, 0, os.SEEK_END)
 
     def of_type(self, kind: str) -> list[Record]:
         """Returns the records of one type, in order."""
@@ -85,7 +94,8 @@ def read_journal(file: pathlib.Path) -> list[Record]:
     """Returns the whole records of a journal without touching it; a torn last line is left out.
 
     Raises:
-        DamagedError: a line that was written whole is altered.
+        DamagedError: it cannot be read, or a line that was written whole is altered.
+        SystemFolderError: a newer format.
     """
     return _parse(file)[0]
 
@@ -106,11 +116,14 @@ def child_records(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
 
 def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
     """Returns the whole records and the number of bytes they take."""
-    if not file.exists():
+    try:
+        *lines, _torn = file.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
         return [], 0
+    except OSError as error:
+        raise DamagedError(f"could not read {file} ({error.strerror})", "a journal that can be read") from error
     records: list[Record] = []
     length = 0
-    *lines, _torn = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines):
         record = _parse_line(line, number)
         if record is None:
@@ -122,6 +135,12 @@ def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
             )
         records.append(record)
         length += len(line) + 1
+    if records and records[0].get("format", FORMAT) != FORMAT:
+        raise SystemFolderError(
+            f"found a journal of format {records[0]['format']!r} in {file}",
+            f"format {FORMAT}",
+            "use the version of munet that wrote it",
+        )
     return records, length
 
 

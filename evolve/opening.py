@@ -42,8 +42,9 @@ def open_search(system: System, task: ActiveTask, settings: Mapping[str, Any], t
         DataError: the task's data are not those that its current path was evolved on.
         SettingsError: the unfinished search was begun with other settings.
         DamagedError: its journal, or a path it needs, is altered or missing.
-        SystemFolderError: the folder cannot be written.
+        SystemFolderError: the folder cannot be written, or its journal is of a newer format.
     """
+    system.remove_unfinished()
     with system.publishing():
         snapshot = Snapshot.of(system)
     record = snapshot.records.get(task.name)

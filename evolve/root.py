@@ -120,7 +120,9 @@ def _keep_blocks(root: LoadedRoot, blocks: int) -> LoadedRoot:
     found = sum(position.kind is LayerKind.BLOCK for position in root.layers)
     if blocks > found:
         raise CheckpointError(
-            f"found a root of {found} blocks", f"at least {blocks}", "ask for fewer blocks or take a deeper root"
+            f"found root.blocks = {blocks}",
+            f"1 to {found}, as many as this root has",
+            "ask for fewer blocks or take a deeper root",
         )
     kept = {p: layer for p, layer in root.layers.items() if p.block is None or p.block < blocks}
     return LoadedRoot(kept, root.image_size)

@@ -37,7 +37,7 @@ from evolve.journal import read_journal
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import resample
-from munet.files import write_atomically
+from munet.files import remove_unfinished, sync_folder, write_atomically
 from munet.preprocessing import Pixels
 
 FORMAT = 1
@@ -105,8 +105,15 @@ class System:
 
     @staticmethod
     def exists(folder: pathlib.Path) -> bool:
-        """Tells whether a folder holds a system."""
-        return (folder / "system.json").exists()
+        """Tells whether a folder holds a system.
+
+        Raises:
+            SystemFolderError: nobody may look into the folder.
+        """
+        try:
+            return (folder / "system.json").exists()
+        except OSError as error:
+            raise SystemFolderError(f"could not read {folder} ({error.strerror})", "a folder that can be read") from error
 
     @staticmethod
     def create(
@@ -129,7 +136,7 @@ class System:
         """
         system_id = secrets.token_hex(8)
         blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
-        with blank._locked("system", wait=True):
+        with blank._lock("system", wait=True):
             if System.exists(folder):
                 raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
             placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
@@ -151,7 +158,7 @@ class System:
         """Opens a system.
 
         Raises:
-            SystemFolderError: no system there, or one of a newer format.
+            SystemFolderError: no system there, one of a newer format, or a folder that cannot be read.
             DamagedError: its root cannot be read.
         """
         if not System.exists(folder):
@@ -246,8 +253,8 @@ class System:
 
     def tasks(self) -> dict[str, TaskRecord]:
         """Returns all tasks by name, in ascending order."""
-        files = sorted((self.folder / "tasks").glob("*.json"))
-        return {file.stem: self._read_task(file) for file in files}
+        records = ((file.stem, self._read_task(file)) for file in sorted((self.folder / "tasks").glob("*.json")))
+        return {name: record for name, record in records if record is not None}
 
     def put_task(self, record: TaskRecord) -> None:
         """Writes a task's record; the one moment at which a new path becomes current."""
@@ -268,6 +275,8 @@ class System:
         try:
             self._set_journals_aside(name)
             self._task_file(name).unlink(missing_ok=True)
+            if record is not None:
+                sync_folder(self._task_file(name).parent)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -291,10 +300,14 @@ class System:
     def _set_journals_aside(self, name: str) -> None:
         """Moves a task's journals to journal/removed/, so that a later task of that name starts afresh."""
         removed = self.folder / "journal" / "removed"
-        for file in sorted((self.folder / "journal").glob(f"{name}-????.jsonl")):
+        files = sorted((self.folder / "journal").glob(f"{name}-????.jsonl"))
+        for file in files:
             removed.mkdir(exist_ok=True)
             earlier = len(list(removed.glob(f"{file.stem}.*.jsonl")))
             file.rename(removed / f"{file.stem}.{earlier + 1}.jsonl")
+        if files:
+            sync_folder(removed)
+            sync_folder(removed.parent)
 
     def replace_parent(self, old: str, new: str) -> None:
         """Gives every task whose parent is the path `old` the parent `new`. The caller holds `publishing`."""
@@ -330,34 +343,50 @@ class System:
         Raises:
             BusyError: another process holds it.
         """
-        with self._locked(f"task-{task}", wait=False):
+        try:
+            lock = self._lock(f"task-{task}", wait=False)
+        except BlockingIOError:
+            raise BusyError(
+                f"found another process at work on task {task!r} of {self.folder}",
+                "one at a time",
+                "wait until it ends; other tasks can be evolved meanwhile, each with --task",
+            ) from None
+        with lock:
             yield
 
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
         """Holds the lock under which tasks' records are changed; waits for it."""
-        with self._locked("tasks", wait=True):
+        with self._lock("tasks", wait=True):
             yield
 
-    @contextlib.contextmanager
-    def _locked(self, name: str, *, wait: bool) -> Iterator[None]:
+    def _lock(self, name: str, *, wait: bool) -> contextlib.ExitStack:
+        """Takes a lock, to be held within the context that is returned.
+
+        Raises:
+            BlockingIOError: another process holds it, and it is not to be waited for.
+        """
         file = self.folder / "locks" / f"{name}.lock"
+        with contextlib.ExitStack() as stack:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise _unwritable(self.folder, error) from error
+            return stack.pop_all()
+
+    def remove_unfinished(self) -> None:
+        """Removes what killed processes left half-written; what others are writing stays."""
+        parts = [self.folder / name for name in ("paths", "tasks", "examples")]
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            for folder in (self.folder, *filter(pathlib.Path.is_dir, parts), *(self.folder / "layers").glob("*/")):
+                remove_unfinished(folder)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BusyError(
-                f"found {name.replace('-', ' ', 1)} of {self.folder} in use by another process", "none", "wait until it ends"
-            ) from None
-        try:
-            yield
-        finally:
-            os.close(descriptor)
 
     # Verification
 
@@ -386,6 +415,18 @@ class System:
 
     def _verify_task(self, file: pathlib.Path) -> None:
         record = self._read_task(file)
+        while record is not None:
+            try:
+                return self._verify_record(record)
+            except DamagedError:
+                # Others may publish meanwhile: only what stays as it was found is a finding.
+                again = self._read_task(file)
+                if again == record:
+                    raise
+                record = again
+        return None
+
+    def _verify_record(self, record: TaskRecord) -> None:
         path = self.path(record.path_id)
         if path.task != record.name:
             raise DamagedError(f"found path {path.id} of task {path.task!r} current for {record.name!r}", "one of its own")
@@ -420,8 +461,14 @@ class System:
             raise DamagedError(f"found no readable layer {file} ({error})", "its weights", "restore the file") from error
         return spec, tensors
 
-    def _read_task(self, file: pathlib.Path) -> TaskRecord:
-        document = _read_json(file)
+    def _read_task(self, file: pathlib.Path) -> TaskRecord | None:
+        """Returns the record in a task's file; None if the task was removed meanwhile."""
+        try:
+            document = _read_json(file)
+        except DamagedError:
+            if not file.exists():
+                return None
+            raise
         try:
             return TaskRecord.from_dict(document)
         except (KeyError, TypeError) as error:

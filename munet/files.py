@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
 import tempfile
+
+_UNFINISHED = ".part"
 
 
 def write_atomically(target: pathlib.Path, data: bytes) -> None:
@@ -19,19 +23,45 @@ def write_atomically(target: pathlib.Path, data: bytes) -> None:
         OSError: the folder cannot be written or the disk is full; the target is as it was.
     """
     make_folder(target.parent)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    temporary = pathlib.Path(name)
+    handle, temporary = _begin(target)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
+            temporary.chmod(0o644)
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def _begin(target: pathlib.Path) -> tuple[int, pathlib.Path]:
+    """Opens a temporary file beside the target and locks it, so that `remove_unfinished` knows that its writer lives."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if os.fstat(handle).st_nlink:
+            return handle, pathlib.Path(name)
+        # Somebody who tidied up came in between.
+        os.close(handle)
+
+
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes the temporary files that killed writers left in a folder; those of living writers stay.
+
+    No clock is asked: a writer holds a lock on its file, and the end of the writer, however it comes, releases it.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+    """
+    for name in os.listdir(folder):  # noqa: PTH208  # a folder of many thousand files: no object for each
+        if not (name.startswith(".") and name.endswith(_UNFINISHED)):
+            continue
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), (folder / name).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / name).unlink()
 
 
 def make_folder(folder: pathlib.Path) -> None:

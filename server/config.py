@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from munet.preprocessing import ImageLimits
+from munet.settings import findings, validate
 from server.errors import SettingsError
 
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
@@ -36,7 +37,7 @@ Address = Annotated[str, pydantic.AfterValidator(check_address)]
 
 
 class _Settings(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class Limits(_Settings):
@@ -160,19 +161,15 @@ def read_settings(file: pathlib.Path | None, overrides: dict[str, Any]) -> Serve
         if isinstance(target, dict):
             target[key] = value
     try:
-        return ServerSettings.model_validate(values)
+        return validate(ServerSettings, values)
     except pydantic.ValidationError as error:
-        raise _to_settings_error(error, values) from error
+        raise _to_settings_error(error) from error
 
 
-def _to_settings_error(error: pydantic.ValidationError, values: dict[str, Any]) -> SettingsError:
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    found: Any = values
-    for part in first["loc"]:
-        found = found.get(part) if isinstance(found, dict) else None
-    if first["type"] == "extra_forbidden":
+def _to_settings_error(error: pydantic.ValidationError) -> SettingsError:
+    first = findings(error, ServerSettings)[0]
+    if first.kind == "extra_forbidden":
         tables: dict[str, type[_Settings]] = {"limits": Limits, "engine": EngineSettings}
-        table = tables.get(str(first["loc"][0]), ServerSettings)
-        return SettingsError(name, found, f"no such key; the keys here are {', '.join(sorted(table.model_fields))}")
-    return SettingsError(name, found, first["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
+        table = tables.get(first.name.partition(".")[0], ServerSettings)
+        return SettingsError(first.name, first.found, f"no such key; the keys here are {', '.join(sorted(table.model_fields))}")
+    return SettingsError(first.name, first.found, first.expected)

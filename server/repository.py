@@ -143,7 +143,7 @@ class Repository:
                 raise json_format.ParseError(f"a JSON {type(values).__name__}")
             found = values.get("format", 0)
             if isinstance(found, int) and found > FORMAT:
-                raise NewerFormatError(name, found, FORMAT)
+                raise NewerFormatError(str(self.root / name), found, FORMAT)
             message = generation_pb2.Generation()
             json_format.ParseDict(values, message, ignore_unknown_fields=True)
         except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:

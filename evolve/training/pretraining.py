@@ -25,7 +25,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
-from evolve.config import PositiveInt, Settings, TrainingSettings, UnitInterval
+from evolve.config import PositiveInt, Settings, Threads, TrainingSettings, UnitInterval
 from evolve.data.characters import render_letters
 from evolve.data.letters import Letter, letters_of
 from evolve.errors import SettingsError
@@ -65,7 +65,7 @@ class PretrainingSettings(Settings):
         device: `auto` takes CUDA if there is one.
     """
 
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    seed: Annotated[int, pydantic.Field(ge=0, le=2**32 - 1)] = 0
     scripts: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
     train_per_class: PositiveInt = 100
     validation_per_class: PositiveInt = 5
@@ -83,7 +83,7 @@ class PretrainingSettings(Settings):
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     augmentation: Annotated[float, pydantic.Field(ge=0, le=3)] = 1.0
     inverted: UnitInterval = 0.25
-    threads: PositiveInt = 2
+    threads: Threads = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @pydantic.model_validator(mode="after")

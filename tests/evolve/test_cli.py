@@ -128,13 +128,24 @@ def test_the_same_search_in_another_process_gives_the_same_lineage(folder, monke
 
 BAD_SETTINGS = {
     "unknown key": (SETTINGS.replace("rounds", "rouds") + DIGITS, "search.rouds: unknown setting; did you mean 'rounds'"),
-    "impossible value": (SETTINGS.replace("rounds = 1", "rounds = 0") + DIGITS, "search.rounds: Input should be greater"),
+    "impossible value": (
+        SETTINGS.replace("rounds = 1", "rounds = 0") + DIGITS,
+        "search.rounds: found 0, expected a whole number of at least 1",
+    ),
+    "wrong type": (SETTINGS.replace("rounds = 1", 'rounds = "1"') + DIGITS, "search.rounds: found '1', expected a whole number"),
+    "beyond a range": (
+        SETTINGS.replace("mutation_rate = 0.3", "mutation_rate = 1.5") + DIGITS,
+        "search.mutation_rate: found 1.5, expected a number from 0 to 1",
+    ),
     "missing folder": (SETTINGS + COLOURS.replace('"colours"\n', '"nowhere"\n'), "nowhere"),
     "image size": (
         SETTINGS.replace(f"image_size = {IMAGE_SIZE}", "image_size = 20") + DIGITS,
-        "a multiple of the root's patch size 8",
+        "found defaults.image_size = 20; expected a multiple of the root's patch size 8; try 16",
     ),
-    "blocks above the root's": (SETTINGS.replace("[defaults]", "blocks = 9\n[defaults]") + DIGITS, "9"),
+    "blocks above the root's": (
+        SETTINGS.replace("[defaults]", "blocks = 9\n[defaults]") + DIGITS,
+        "root.blocks = 9; expected 1 to 3",
+    ),
     "missing root": (SETTINGS.replace("root.safetensors", "gone.safetensors") + DIGITS, "gone.safetensors"),
     "script": (SETTINGS + '\n[[tasks]]\nname = "x"\nsource = "characters"\nscript = "GREEEK"\n', "GREEK"),
     "no cuda": (SETTINGS.replace('device = "cpu"', 'device = "cuda"') + DIGITS, "set device = 'auto' or 'cpu'"),
@@ -264,7 +275,9 @@ def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):
     assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
     with System.open(folder / "system").evolving("colours"):
         assert _main(monkeypatch, "run", file, "--system", folder / "system", "--rounds", "2") == 2
-    assert "in use by another process" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "found another process at work on task 'colours'" in error
+    assert "wait until it ends; other tasks can be evolved meanwhile, each with --task" in error
 
 
 @pytest.mark.parametrize("command", ["run", "show", "verify", "remove", "pretrain", "export"])

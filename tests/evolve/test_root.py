@@ -88,7 +88,7 @@ def test_keeps_the_first_blocks(tmp_path: pathlib.Path) -> None:
     kept = {p: layer for p, layer in expected.items() if p.block is None or p.block < 2}
     assert block_position(1) in kept
     assert_same(root.layers, kept)
-    with pytest.raises(CheckpointError, match="found a root of 6 blocks; expected at least 7"):
+    with pytest.raises(CheckpointError, match="found root.blocks = 7; expected 1 to 6, as many as this root has; ask for fewer"):
         from_file(tmp_path / "model.safetensors", blocks=7)
 
 

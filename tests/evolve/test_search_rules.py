@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
-from evolve.errors import DamagedError, SettingsError, TrainerError
+from evolve.errors import DamagedError, SettingsError, SystemFolderError, TrainerError
 from evolve.generation import ChildResult, PackResult
 from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
 from evolve.journal import Journal, Record, read_journal
@@ -439,6 +441,69 @@ def test_killed_at_any_write_a_search_ends_as_if_nothing_had_happened(tmp_path, 
         assert (_without_seconds(system), system.tasks()) == expected, f"killed before write {deadly}"
         assert system.verify() == []
     assert killed_after > 50
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_all_whole_and_the_search_goes_on(tmp_path, monkeypatch):
+    plan = SearchPlan(
+        3,
+        DefaultSettings(),
+        SearchSettings(rounds=1, children_per_task=4, generation_size=2, mutation_rate=0.3),
+        TrainingSettings(),
+    )
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    whole = System.create(tmp_path / "whole", tiny_root(), 32)
+    _run(whole, ["a", "b"], plan)
+    expected = (_without_seconds(whole), whole.tasks())
+    write = os.write
+    num_failures = 0
+    # Every fifth: writes come in twos, so that each kind of them is met.
+    for room in itertools.count(step=5):
+        folder = tmp_path / f"full-{room}"
+        left = [room]
+
+        def use_room(left=left) -> None:
+            if left[0] <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= 1
+
+        def write_some(descriptor, data, use_room=use_room):
+            try:
+                use_room()
+            except OSError:
+                write(descriptor, data[: len(data) // 2])
+                raise
+            return write(descriptor, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", lambda _, use_room=use_room: use_room())
+            patch.setattr("os.write", write_some)
+            try:
+                system = System.open(folder) if System.exists(folder) else System.create(folder, tiny_root(), 32)
+                _run(system, ["a", "b"], plan)
+                break
+            except SystemFolderError as error:
+                said = str(error)
+        num_failures += 1
+        assert str(folder) in said
+        assert "(No space left on device); expected a writable folder with free space" in said
+        assert not list(folder.rglob("*.part"))
+        assert all(file.read_bytes()[-1:] in (b"", b"\n") for file in folder.rglob("*.jsonl")), "a torn line was left"
+        system = System.open(folder) if System.exists(folder) else System.create(folder, tiny_root(), 32)
+        assert system.verify() == []
+        _run(system, ["a", "b"], plan)
+        assert (_without_seconds(system), system.tasks()) == expected, f"full after {room} writes"
+    assert num_failures > 20
+
+
+def test_what_killed_processes_left_half_written_goes_when_a_search_opens(tmp_path):
+    system = System.create(tmp_path / "system", tiny_root(), 32)
+    _run(system, ["a"], _plan(rounds=1))
+    for folder in (system.folder, *(entry for entry in system.folder.rglob("*") if entry.is_dir())):
+        if folder.name not in ("locks", "journal", "layers"):
+            (folder / ".file.0123.part").write_bytes(b"half")
+    assert len(list(system.folder.rglob("*.part"))) > 5
+    _run(system, ["b"], _plan(rounds=1))
+    assert not list(system.folder.rglob(".*.part"))
 
 
 def test_a_search_begun_on_another_device_is_not_gone_on_with(tmp_path):

@@ -11,9 +11,10 @@ import pytest
 
 from evolve import store
 from evolve.errors import BusyError, DamagedError, SystemFolderError
-from evolve.layer import POS_EMBED, LayerKind, LayerSpec
+from evolve.layer import HEAD, POS_EMBED, LayerKind, LayerSpec
 from evolve.store import System, TaskRecord
-from tests.support.fake_trainer import WIDTH, tiny_root
+from tests.support.fake_trainer import WIDTH, derive_path, tiny_root
+from tests.support.permissions import read_only
 
 SPEC = LayerSpec.of(LayerKind.NORM, width=WIDTH)
 
@@ -161,7 +162,7 @@ def test_two_processes_cannot_evolve_one_task(system):
     with subprocess.Popen([sys.executable, "-c", script, str(system.folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "held"
-        with pytest.raises(BusyError, match="task digits"), system.evolving("digits"):
+        with pytest.raises(BusyError, match="another process at work on task .digits."), system.evolving("digits"):
             pass
         with system.evolving("other"):
             pass
@@ -239,3 +240,52 @@ def test_verify_reads_the_journals(system):
     file.parent.mkdir()
     file.write_text("no record\n")
     assert any("altered line 1" in finding for finding in system.verify())
+
+
+def test_a_task_that_is_removed_while_tasks_are_read_is_left_out(system, monkeypatch):
+    for name in ("one", "two"):
+        system.put_task(_record(system, name))
+    read = System._read_task
+
+    def removed_in_between(self, file):
+        if file.stem == "two":
+            file.unlink(missing_ok=True)
+        return read(self, file)
+
+    monkeypatch.setattr(System, "_read_task", removed_in_between)
+    assert list(system.tasks()) == ["one"]
+
+
+def test_verify_finds_nothing_wrong_with_what_changes_meanwhile(system, monkeypatch):
+    """Another process closes a round between two reads: it hands the parent on, then replaces its path."""
+    child, parent, newer = (
+        derive_path(system, system.root, name, {HEAD: weight}) for name, weight in (("a", 1.0), ("b", 2.0), ("b", 3.0))
+    )
+    for path in (child, parent, newer):
+        system.put_path(path)
+    system.put_task(_record(system, "a", path_id=child.id, parent_id=parent.id))
+    system.put_task(_record(system, "b", path_id=parent.id))
+    assert system.verify() == []
+    is_closed = []
+
+    def closed_at_last(self, file, read=System._read_task):
+        record = read(self, file)
+        if file.stem == "a" and not is_closed:
+            is_closed.append(True)
+            system.replace_parent(parent.id, system.root.id)
+            system.put_task(_record(system, "b", path_id=newer.id))
+        return record
+
+    monkeypatch.setattr(System, "_read_task", closed_at_last)
+    assert system.verify() == []
+    assert system.tasks()["a"].parent_id == system.root.id
+    system.put_task(_record(system, "a", path_id=child.id, parent_id=parent.id))
+    assert any("as the parent of task 'a'" in finding for finding in system.verify()), "a real fault would be found"
+
+
+def test_a_folder_that_nobody_may_look_into(system):
+    with read_only(system.folder):
+        system.folder.chmod(0)
+        with pytest.raises(SystemFolderError, match=f"could not read {system.folder} .Permission denied.; expected"):
+            System.open(system.folder)
+    assert System.open(system.folder).verify() == []

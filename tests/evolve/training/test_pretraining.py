@@ -149,8 +149,8 @@ def test_the_bundled_recipe_leaves_the_scripts_of_tasks_alone() -> None:
         ("heads = 5", "width 192 is no multiple of heads 5"),
         ('scripts = ["LAO", "lao"]', "scripts ['LAO'] appear more than once"),
         ("scripts = []", "scripts: Tuple should have at least 1 item"),
-        ("steps = 0", "steps: Input should be greater than or equal to 1 (found 0)"),
-        ("label_smoothing = 1.0", "label_smoothing: Input should be less than 1"),
+        ("steps = 0", "steps: found 0, expected a whole number of at least 1"),
+        ("label_smoothing = 1.0", "label_smoothing: found 1.0, expected a number of at least 0 and below 1"),
         ("step = 9", "step: unknown setting; did you mean 'steps'"),
     ],
 )

@@ -1,0 +1,158 @@
+"""munet-evolve in real processes that start at once: forked from one that has imported everything, the ONNX exporter warmed up."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from types import TracebackType
+from typing import Self
+
+from tests.support.permissions import without_override
+from tests.support.processes import environment
+
+
+class Command:
+    """A process that runs munet-evolve.
+
+    Attributes:
+        id: of the process.
+    """
+
+    def __init__(self, commands: Commands, process_id: int, output: pathlib.Path) -> None:
+        self._commands = commands
+        self._output = output
+        self.id = process_id
+
+    def kill(self) -> None:
+        """Ends it by SIGKILL; a process that has ended already is none the worse for it."""
+        os.kill(self.id, signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Stops it until `go_on`."""
+        os.kill(self.id, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Ends a pause."""
+        os.kill(self.id, signal.SIGCONT)
+
+    def wait(self) -> int:
+        """Returns its exit status, -9 after a kill."""
+        return int(self._commands.ask({"wait": self.id}))
+
+    @property
+    def output(self) -> str:
+        """What it has said so far, standard error included."""
+        return self._output.read_text(encoding="utf-8")
+
+
+class Commands:
+    """Starts processes of munet-evolve; leaving the block kills those that nobody waited for."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Keeps what the processes say in files of an existing folder."""
+        self._folder = folder
+        self._count = 0
+        command = [sys.executable, "-m", "tests.support.commands"]
+        self._process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, *arguments: str | pathlib.Path, max_file_bytes: int = -1) -> Command:
+        """Starts a process and returns at once.
+
+        Permissions hold for it also where they do not for root. Where no file may be larger than so many bytes, a write that goes
+        beyond is cut short and fails, as on a full disk.
+        """
+        self._count += 1
+        output = self._folder / f"output-{self._count}.txt"
+        request = {"start": [*map(str, arguments)], "output": str(output), "max_file_bytes": max_file_bytes}
+        return Command(self, int(self.ask(request)), output)
+
+    def run(self, *arguments: str | pathlib.Path, max_file_bytes: int = -1) -> tuple[int, str]:
+        """Runs a process to its end and returns its exit status and what it said."""
+        command = self.start(*arguments, max_file_bytes=max_file_bytes)
+        return command.wait(), command.output
+
+    def ask(self, request: dict[str, object]) -> str:
+        """Sends a request to the process that forks."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._process.stdout.readline()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._process.communicate(timeout=30)
+
+
+def main() -> None:
+    # All that a run would import on its way.
+    import torch
+
+    import evolve.cli
+    import evolve.data.load
+    import evolve.root
+    import evolve.training.one_by_one  # noqa: F401
+    from evolve.export.onnx import export_segment
+    from evolve.export.segments import segment_of, units_of
+    from evolve.export.settings import ExportSettings
+    from tests.support.system import TaskSketch, build_system
+
+    torch.set_num_threads(1)
+    # Graphs are exported once for each architecture: those of small systems of three classes.
+    with tempfile.TemporaryDirectory() as folder:
+        system = build_system(pathlib.Path(folder) / "system", {"warm": TaskSketch(classes=3, adapters=(1,))})
+        for unit in units_of(system.path(system.tasks()["warm"].path_id)):
+            export_segment(segment_of([unit], ExportSettings()), system.tensors, ExportSettings())
+
+    left: set[int] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            left.remove(request["wait"])
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(request["start"], request["output"], request["max_file_bytes"])
+            left.add(answer)
+        print(answer, flush=True)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    # Nothing to tidy up, and torch takes seconds to.
+    os._exit(0)
+
+
+def _become(arguments: list[str], output: str, max_file_bytes: int) -> None:
+    """Runs the command in place of this process; does not return."""
+    import evolve.cli
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, nothing), (1, descriptor), (2, descriptor)):
+        os.dup2(source, target)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    sys.argv = ["munet-evolve", *arguments]
+    status = 70
+    try:
+        with without_override():
+            evolve.cli.main()
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
