@@ -40,6 +40,7 @@ app = typer.Typer(
 
 SystemFolder = Annotated[pathlib.Path, typer.Option("--system", metavar="DIR", help="Folder of the system.")]
 Repository = Annotated[pathlib.Path, typer.Option("--repository", metavar="DIR", help="Model repository to publish to.")]
+PrecisionOption = Annotated[str, typer.Option(help="float32 or float16: of weights and hidden states.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -58,12 +59,14 @@ def run(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the file.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Overrides the file.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the file.")] = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Evolve tasks.
 
     Brings every task of the experiment (or those named) to its number of rounds. The same command goes on where an earlier one was
     stopped; what is finished is not done again.
     """
+    checked = _check_precision(precision)
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
     console = rich.console.Console()
@@ -73,7 +76,7 @@ def run(
 
     def publish(_name: str) -> None:
         if repository is not None:
-            console.print(_export(opened, repository, "cpu", console), highlight=False, soft_wrap=True)
+            console.print(_export(opened, repository, "cpu", checked, console), highlight=False, soft_wrap=True)
 
     try:
         run_rounds(opened, active, plan, observer, publish)
@@ -146,12 +149,14 @@ def export(
     system: SystemFolder,
     repository: Repository = pathlib.Path("model_repository"),
     target: Annotated[str, typer.Option(help="cpu or gpu: where Triton is to run the segments.")] = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Publish every task's current path to a model repository, as a new generation."""
     if target not in ("cpu", "gpu"):
         raise SettingsError(f"found target {target!r}", "cpu or gpu")
+    checked = _check_precision(precision)
     console = rich.console.Console()
-    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu", console))
+    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu", checked, console))
 
 
 def main() -> None:
@@ -262,12 +267,26 @@ def _describe_root(root: RootSettings) -> dict[str, Any]:
     return description
 
 
-def _export(system: System, repository: pathlib.Path, target: Literal["cpu", "gpu"], console: rich.console.Console) -> str:
+def _check_precision(precision: str) -> Literal["float32", "float16"]:
+    if precision == "float32":
+        return "float32"
+    if precision == "float16":
+        return "float16"
+    raise SettingsError(f"found precision {precision!r}", "float32 or float16")
+
+
+def _export(
+    system: System,
+    repository: pathlib.Path,
+    target: Literal["cpu", "gpu"],
+    precision: Literal["float32", "float16"],
+    console: rich.console.Console,
+) -> str:
     """Publishes, with a live line on a terminal, and returns what was done in words."""
     from evolve.export.publish import export_system
 
     with console.status(f"publishing to {repository}") as status:
-        result = export_system(system, repository, target=target, progress=status.update)
+        result = export_system(system, repository, target=target, precision=precision, progress=status.update)
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date"
     return (
