@@ -50,7 +50,7 @@ from munet.parity import find_disagreement, gaps, tolerance_of
 from server.config import EngineSettings
 from server.embedded.carriers import DeviceCarrier, carrier_of
 from server.embedded.engine import EmbeddedEngine
-from server.embedded.sessions import PROVIDERS
+from server.embedded.sessions import PROVIDER_OPTIONS, PROVIDERS
 from server.engine import Question
 from server.generation import Generation
 from server.reload import rehearse
@@ -297,6 +297,28 @@ def claim_best_classes(
     report.claim("float16 best classes", share, f">= 0.999 of {FEWEST_FOR_999} or more", share >= 0.999 if enough else None)
 
 
+def report_operators(report: Report, generation: Generation, device: str) -> None:
+    """Says which operators of each segment ONNX Runtime puts on which provider, as far as this version of it tells.
+
+    Operators on shapes belong on the CPU, where shapes are known; one on hidden states there would be a copy within the segment.
+    """
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        report.line(operators=None)
+        return
+    for segment in generation.segments.values():
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = onnxruntime.InferenceSession(
+            str(segment.model), options, providers=[PROVIDERS[device]], provider_options=[PROVIDER_OPTIONS[device]]
+        )
+        operators: dict[str, set[str]] = {}
+        for part in session.get_provider_graph_assignment_info():
+            operators.setdefault(part.ep_name, set()).update(node.op_type for node in part.get_nodes())
+        report.line(segment=segment.name, operators={provider: sorted(found) for provider, found in sorted(operators.items())})
+
+
 def claim_same_twice(report: Report, engine: EmbeddedEngine, generation: Generation, images: Pixels) -> None:
     """The same question twice, and the same images in other batches."""
     first, again = ask(engine, generation, images), ask(engine, generation, images)
@@ -404,6 +426,8 @@ def run(report: Report, arguments: argparse.Namespace, folder: pathlib.Path) -> 
         report.line(providers=providers)
         strangers = sorted(name for name, provider in providers.items() if provider != PROVIDERS[device])
         report.claim("sessions on another provider", len(strangers), "0", not strangers and bool(providers))
+        for generation in generations.values():
+            report_operators(report, generation, device)
         findings = [str(f) for g in generations.values() for f in rehearse(engine, g, list(g.tasks.values()))]
         report.claim("golden answers", findings, "no fault", not findings)
         parity_images, _ = make_images(sizes, sizes.parity_images, seed=1)

@@ -235,12 +235,13 @@ class EmbeddedEngine:
                 return
             self._fail_batch(decision, SegmentRunError(session.segment.name, str(error)[:500]))
             return
+        sound = isinstance(answer, np.ndarray) and to_host and bool(np.isfinite(answer).all())
         with self._lock:
             # A segment whose last question was cancelled while it ran is gone by now.
             counters = self._counters.get(session.segment.name)
             if counters is not None:
                 counters.count(decision.batch)
-            settlements = list(self._distribute(session.segment.name, decision.batch, answer))
+            settlements = list(self._distribute(session.segment.name, decision.batch, answer, sound))
             if len(self._workers) > 1:
                 self._work.notify_all()
         _settle(settlements)
@@ -250,8 +251,8 @@ class EmbeddedEngine:
             settlements = [settle for rows in decision.batch for settle in self._fail(rows.request, error)]
         _settle(settlements)
 
-    def _distribute(self, segment: str, batch: Iterable[Rows[Cargo]], answer: Values) -> Iterable[Settlement]:
-        """Sends each row of a batch's answer where it goes next."""
+    def _distribute(self, segment: str, batch: Iterable[Rows[Cargo]], answer: Values, sound: bool) -> Iterable[Settlement]:
+        """Sends each row of a batch's answer where it goes next; `sound` says that all of it is known to be numbers."""
         start = 0
         for rows in batch:
             values = answer[start : start + rows.count]
@@ -264,7 +265,7 @@ class EmbeddedEngine:
                 self._enqueue(opened, branch, values, first_image)
             if not rows.payload.branch.leaves:
                 continue
-            if not isinstance(values, np.ndarray) or not np.isfinite(values).all():
+            if not isinstance(values, np.ndarray) or not (sound or np.isfinite(values).all()):
                 # As float16 gives where it overflows: no answer, and no business of the other rows'.
                 yield from self._fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
                 continue

@@ -56,6 +56,8 @@ def test_the_system_is_worth_looking_at(printed: list[dict[str, Any]]) -> None:
     assert {task for _, task in differences} == {"plain-a", "plain-b", "cloned", "adapted"}
     # Float16 really is float16: its errors are far from float32's.
     assert all(differences["float16", task] > 20 * differences["float32", task] for _, task in differences)
+    operators = [line["operators"] for line in printed if line.get("operators")]
+    assert not operators or all(list(each) == ["CPUExecutionProvider"] for each in operators)
     crossed = [line for line in printed if "image_bytes" in line]
     assert len(crossed) == 2
     assert all(line["executions"] > line["segments"] >= 8 for line in crossed)
