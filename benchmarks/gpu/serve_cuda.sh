@@ -9,8 +9,9 @@
 # 200 MB) comes in pieces made by `split -b 50M NAME.whl NAME.whl.piece-`: `--keep` puts the pieces of one journey aside, the last journey
 # joins and installs them. Nothing outside $SITE and $KEPT is written. It ends itself after nine minutes.
 set -eu
-KEPT=${KEPT:-/tmp/munet-wheels}
-SITE=${SITE:-/tmp/munet-site}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/munet-gpu
+KEPT=${KEPT:-$cache/wheels}
+SITE=${SITE:-$cache/site}
 mkdir -p "$KEPT"
 if [ "${1:-}" = --keep ]; then
     cp "${2:?the folder with the wheels}"/*.whl* "$KEPT"/
