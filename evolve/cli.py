@@ -40,6 +40,7 @@ app = typer.Typer(
 
 SystemFolder = Annotated[pathlib.Path, typer.Option("--system", metavar="DIR", help="Folder of the system.")]
 Repository = Annotated[pathlib.Path, typer.Option("--repository", metavar="DIR", help="Model repository to publish to.")]
+PrecisionOption = Annotated[str, typer.Option(help="float32 or float16: of the weights and hidden states that are published.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -58,6 +59,7 @@ def run(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the experiment.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")] = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Evolve the tasks of an experiment.
 
@@ -65,6 +67,7 @@ def run(
 
     The same command goes on where an earlier one was stopped, and after a task was added; what is finished is not done again.
     """
+    checked = _check_precision(precision)
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
     console = rich.console.Console()
@@ -76,7 +79,7 @@ def run(
 
     def publish() -> None:
         if repository is not None:
-            console.print(_export(opened, repository, "cpu", console), highlight=False, soft_wrap=True)
+            console.print(_export(opened, repository, "cpu", checked, console), highlight=False, soft_wrap=True)
 
     def finish(name: str) -> None:
         closed.append(name)
@@ -161,12 +164,14 @@ def export(
     system: SystemFolder,
     repository: Repository = pathlib.Path("model_repository"),
     target: Annotated[str, typer.Option(help="cpu or gpu: where Triton is to run the segments.")] = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Publish every task's current path to a model repository, as a new generation."""
     if target not in ("cpu", "gpu"):
         raise SettingsError(f"found target {target!r}", "cpu or gpu")
+    checked = _check_precision(precision)
     console = rich.console.Console()
-    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu", console))
+    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu", checked, console))
 
 
 def main() -> None:
@@ -284,12 +289,26 @@ def _describe_root(root: RootSettings) -> dict[str, Any]:
     return description
 
 
-def _export(system: System, repository: pathlib.Path, target: Literal["cpu", "gpu"], console: rich.console.Console) -> str:
+def _check_precision(precision: str) -> Literal["float32", "float16"]:
+    if precision == "float32":
+        return "float32"
+    if precision == "float16":
+        return "float16"
+    raise SettingsError(f"found precision {precision!r}", "float32 or float16")
+
+
+def _export(
+    system: System,
+    repository: pathlib.Path,
+    target: Literal["cpu", "gpu"],
+    precision: Literal["float32", "float16"],
+    console: rich.console.Console,
+) -> str:
     """Publishes, telling what is under way, and returns what was done in words."""
     from evolve.export.publish import export_system
 
     with publishing(console, repository) as tell:
-        result = export_system(system, repository, target=target, progress=tell)
+        result = export_system(system, repository, target=target, precision=precision, progress=tell)
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date"
     return (

@@ -13,7 +13,7 @@ from server.repository import Repository, config_path
 from server.verification import parse_config
 
 
-def check(repository: Repository, engine: Engine) -> tuple[Generation | None, list[Finding]]:
+def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[Generation | None, list[Finding]]:
     """Checks a repository's current generation.
 
     Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and the aliases,
@@ -22,6 +22,7 @@ def check(repository: Repository, engine: Engine) -> tuple[Generation | None, li
     Args:
         repository: what to check.
         engine: what loads it; nothing stays loaded.
+        device: what the engine computes on.
 
     Returns:
         The generation, if its own file makes sense, and every fault.
@@ -36,7 +37,7 @@ def check(repository: Repository, engine: Engine) -> tuple[Generation | None, li
     try:
         engine.load(generation)
     except SegmentLoadError:
-        return generation, findings + _check_segments(generation)
+        return generation, findings + _check_segments(generation, device)
     try:
         return generation, findings + rehearse(engine, generation, list(generation.tasks.values()))
     finally:
@@ -68,11 +69,11 @@ def check_aliases(repository: Repository, generation: Generation) -> list[Findin
     return findings
 
 
-def _check_segments(generation: Generation) -> list[Finding]:
+def _check_segments(generation: Generation, device: str) -> list[Finding]:
     findings = []
     for segment in generation.segments.values():
         try:
-            SegmentSession(segment)
+            SegmentSession(segment, device)
         except SegmentLoadError as error:
             findings.append(Finding(f"segment {segment.name!r}", error.reason, error.expected, "export it again"))
     return findings

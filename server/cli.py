@@ -21,7 +21,7 @@ import typer
 from server.check import check as check_repository
 from server.classification import Classifier
 from server.client import AdminClient, Client
-from server.config import EngineSettings, ServerSettings, check_address, read_settings
+from server.config import ServerSettings, check_address, read_settings
 from server.embedded.engine import EmbeddedEngine
 from server.errors import CallError, ServerError, SettingsError
 from server.front_door.edge import Edge
@@ -45,6 +45,7 @@ app = typer.Typer(
 )
 
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, or cuda, which needs munet[cuda] and an NVIDIA GPU. [default: cpu]")]
 TimeoutOption = Annotated[float, typer.Option("--timeout", help="Deadline of each call, in seconds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -146,6 +147,7 @@ def serve(
     metrics_listen: Annotated[
         str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP.", show_default="none")
     ] = None,
+    device: DeviceOption = None,
     threads: Annotated[
         int | None,
         typer.Option(help="Threads that compute one batch; 0 for all CPUs. Batches run side by side anyway.", show_default="1"),
@@ -171,6 +173,7 @@ def serve(
         "listen": listen,
         "admin_listen": admin_listen,
         "metrics_listen": metrics_listen,
+        "engine.device": device,
         "engine.threads": threads,
         "watch_interval_seconds": watch_interval,
         "drain_seconds": drain,
@@ -180,13 +183,14 @@ def serve(
 
 
 @app.command()
-def check(repository: RepositoryOption = pathlib.Path("model_repository")) -> None:
+def check(repository: RepositoryOption = pathlib.Path("model_repository"), device: DeviceOption = None) -> None:
     """Verifies a model repository: checksums, configs, ensembles, segments, golden answers. Names every fault."""
+    settings = read_settings(None, {"engine.device": device}).engine
     reader = Repository(repository)
     number = reader.current_number()
-    engine = EmbeddedEngine(EngineSettings())
+    engine = EmbeddedEngine(settings)
     try:
-        generation, findings = check_repository(reader, engine)
+        generation, findings = check_repository(reader, engine, settings.device)
     finally:
         engine.close()
     for finding in findings:

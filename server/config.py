@@ -71,16 +71,17 @@ class EngineSettings(_Settings):
     """How the embedded engine works.
 
     Attributes:
-        device: what it computes on.
+        device: what it computes on: `cpu`, or `cuda` for the first GPU that CUDA shows this process.
         threads: threads that compute one batch, all batches' in one ONNX Runtime pool; 0 means one for each CPU this process may use.
             More than one answers a single large image sooner, but costs throughput, and the pool's threads wait in busy loops.
-        workers: batches that run at the same time; 0 means as many as the CPUs this process may use have room for.
+        workers: batches that run at the same time; 0 means as many as the CPUs this process may use have room for, or two on a GPU,
+            one of which is put together while the other computes.
         max_batch_rows: greatest batch, beside each segment's own limit. On CPUs larger batches are slower, not faster.
         max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused.
         patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
     """
 
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 1
     workers: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
     max_batch_rows: pydantic.PositiveInt = 16
@@ -95,7 +96,7 @@ class EngineSettings(_Settings):
     @property
     def num_workers(self) -> int:
         """`workers`, with 0 resolved."""
-        return self.workers or max(1, num_usable_cpus() // self.num_threads)
+        return self.workers or (2 if self.device == "cuda" else max(1, num_usable_cpus() // self.num_threads))
 
 
 class ServerSettings(_Settings):

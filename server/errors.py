@@ -7,6 +7,7 @@
     │   ├── NewerFormatError        written by a newer publisher than this server knows
     │   └── GenerationRefusedError  a generation with faults; carries every finding
     ├── EngineError                 the engine cannot do what it was asked
+    │   ├── DeviceError             the device cannot be used
     │   ├── SegmentLoadError        a segment cannot be loaded
     │   ├── SegmentRunError         a segment failed on some rows
     │   ├── NotLoadedError          the generation is not loaded
@@ -136,6 +137,25 @@ class GenerationRefusedError(RepositoryError):
 
 class EngineError(ServerError):
     """The engine cannot do what it was asked."""
+
+
+class DeviceError(EngineError):
+    """The engine cannot use the device it was told to compute on.
+
+    Attributes:
+        device: its name.
+        found: what there is instead.
+        provider: what ONNX Runtime calls the device.
+    """
+
+    def __init__(self, device: str, found: str, provider: str) -> None:
+        self.device = device
+        self.found = found
+        self.provider = provider
+        super().__init__(
+            f"device {device!r}: found {found}, expected {provider}; install 'munet[server,cuda]' on a machine whose driver "
+            "`nvidia-smi` shows to be working, or serve with --device cpu"
+        )
 
 
 class SegmentLoadError(EngineError):

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from munet.parity import find_disagreement
 from server.engine import Engine, Question
-from server.errors import Finding, GenerationRefusedError, SegmentLoadError, ServerError, UnavailableError
+from server.errors import Finding, GenerationRefusedError, SegmentLoadError, SegmentRunError, ServerError, UnavailableError
 from server.generation import Generation, Task
 from server.repository import Repository
 
@@ -247,19 +248,21 @@ def _rehearse_together(engine: Engine, generation: Generation, tasks: list[Task]
     except (OSError, ValueError) as error:
         yield Finding(golden.images.name, str(error)[:300], f"the golden images of tasks of {tasks[0].image_size} pixels")
         return
+    except SegmentRunError as error:
+        if len(tasks) > 1:
+            # One of them is to blame, and the finding is to name it.
+            for task in tasks:
+                yield from _rehearse_together(engine, generation, [task])
+        else:
+            yield Finding(f"task {tasks[0].name!r}: golden answer", str(error), "logits", "export it again")
+        return
     except ServerError as error:
         yield Finding(f"golden answers of {len(tasks)} tasks", str(error), "logits")
         return
     for task in tasks:
-        found, expected = answers[task.name], task.golden.logits
-        where = f"task {task.name!r}: golden answer"
-        if found.shape != expected.shape:
-            yield Finding(where, f"logits {list(found.shape)}", f"logits {list(expected.shape)}")
-            continue
-        difference = float(np.max(np.abs(found - expected)))
-        # Written so that a difference that is no number is refused too.
-        if not difference <= task.golden.tolerance:
-            yield Finding(where, f"a difference of {difference:.3g}", f"at most {task.golden.tolerance:.3g}", "export it again")
+        disagreement = find_disagreement(answers[task.name], task.golden.logits, task.golden.tolerance)
+        if disagreement is not None:
+            yield Finding(f"task {task.name!r}: golden answer", *disagreement, "export it again")
 
 
 def _changed_tasks(generation: Generation, serving: Generation | None) -> list[Task]:
@@ -273,6 +276,7 @@ def _changed_tasks(generation: Generation, serving: Generation | None) -> list[T
             known is None
             or known.route != task.route
             or known.golden.images != task.golden.images
+            or known.golden.tolerance != task.golden.tolerance
             or not np.array_equal(known.golden.logits, task.golden.logits)
         ):
             changed.append(task)

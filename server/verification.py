@@ -16,6 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from munet import preprocessing
 from munet.names import check_task_name
+from munet.parity import tolerance_of
 from munet.v1 import generation_pb2
 from server.errors import Finding
 from server.generation import Generation, Segment, TensorSpec, shapes_agree
@@ -147,6 +148,17 @@ def check_routes(generation: Generation) -> list[Finding]:
             findings.append(Finding(f"{where}: segment {giver}", f"output {given}", f"logits of its labels, {logits}"))
         if task.golden.logits.shape[1] != len(task.labels):
             findings.append(Finding(f"{where}: golden.logits", f"{task.golden.logits.shape[1]} classes", f"{len(task.labels)}"))
+        types = {
+            tensor.data_type
+            for name in task.route
+            for tensor in (generation.segments[name].input, generation.segments[name].output)
+        }
+        precision = "float16" if "float16" in types else "float32"
+        most = tolerance_of(precision, task.golden.logits)
+        # The generation holds the tolerance as a float32, which may lie above.
+        if task.golden.tolerance > most * (1 + 1e-6):
+            found, expected = f"{task.golden.tolerance:.3g}", f"at most {most:.3g} on a {precision} route"
+            findings.append(Finding(f"task {task.name!r}: golden.tolerance", found, expected, "publish again"))
     return findings
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,10 +20,10 @@ from torch import nn
 
 from evolve.errors import ExportError
 from evolve.export.segments import Segment
-from evolve.export.settings import ExportSettings, exporter_version
+from evolve.export.settings import ExportSettings, Precision, exporter_version
 from evolve.export.tensors import BATCH, TOKENS, Tensor, input_of, output_of
 from evolve.layer import Layer, LayerKind, LayerSpec, Tensors
-from evolve.vit import build_module
+from evolve.vit import build_module, scale_image
 
 MAX_FILE_BYTES = 2**31 - 2**20
 """Most weights in one file: what a protobuf message may hold, less room for the graph."""
@@ -31,6 +32,8 @@ _EXAMPLE_BATCH = 3
 _EXAMPLE_TOKENS = 7
 """Sizes the exporter traces with. It turns 0 and 1 into constants silently, and other sizes where the module does: each export is
 checked with real batches and images, and 7 tokens are those of no square image."""
+
+_TORCH_TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 _EXAMPLE_CLASSES = 5
 """Classes of the one head that is exported: a head's graph does not say how many it has."""
@@ -58,8 +61,10 @@ class _Graph:
 def export_segment(segment: Segment, tensors: Callable[[str], Tensors], settings: ExportSettings) -> bytes:
     """Returns a segment as an ONNX file, weights inside.
 
-    The first segment of a route takes `image` uint8 [batch, height, width, 3], others `hidden` float32 [batch, tokens, width]; the last
-    one gives `logits` float32 [batch, classes], others `next_hidden` float32 [batch, tokens, width].
+    The first segment of a route takes `image` uint8 [batch, height, width, 3], others `hidden` [batch, tokens, width]; the last gives
+    `logits` float32 [batch, classes], others `next_hidden` [batch, tokens, width]. Hidden states and weights are of the settings'
+    precision. In float16 the image is still scaled in float32, and a head still multiplies in float32 and adds a float32 bias, so that
+    nothing is rounded once it is a logit.
 
     Args:
         segment: what to export.
@@ -67,20 +72,21 @@ def export_segment(segment: Segment, tensors: Callable[[str], Tensors], settings
         settings: how; they must be those of the segment's name.
 
     Raises:
-        ExportError: the weights do not fit into one file, or a layer needs operators beyond the standard ones.
+        ExportError: the weights do not fit into one file or into the precision, or a layer needs operators beyond the standard ones.
     """
-    num_bytes = 4 * segment.num_parameters
+    num_bytes = np.dtype(settings.precision).itemsize * segment.num_parameters
     if num_bytes > MAX_FILE_BYTES:
         raise ExportError(
             f"found {num_bytes} bytes of weights in one segment of {len(segment.units)} units", f"at most {MAX_FILE_BYTES}"
         )
     graph = onnx.GraphProto(name="segment")
-    source, target = input_of(segment.units), output_of(segment.units)
+    source, target = input_of(segment.units, settings.precision), output_of(segment.units, settings.precision)
     value = source.name
     layers = segment.layers
     for index, layer in enumerate(layers):
         output = target.name if index == len(layers) - 1 else f"{index}.{layer.kind}"
-        _append(graph, f"{index}.{layer.kind}", _graph_of(layer, source, settings), tensors(layer.id), value, output)
+        weights = _weights_of(layer, tensors(layer.id), settings.precision)
+        _append(graph, f"{index}.{layer.kind}", _graph_of(layer, source, settings), weights, value, output)
         value = output
     graph.input.append(_value_info(source))
     graph.output.append(_value_info(target))
@@ -99,8 +105,7 @@ def _append(graph: onnx.GraphProto, place: str, layer: _Graph, tensors: Tensors,
     names = {"": "", layer.input: source, layer.output: target}
     for tensor, value in layer.weights.items():
         names[value] = f"{place}.{tensor}"
-        weight = np.ascontiguousarray(tensors[tensor], dtype=np.float32)
-        graph.initializer.append(onnx.numpy_helper.from_array(weight, names[value]))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(tensors[tensor]), names[value]))
     for number, constant in enumerate(layer.constants):
         names[constant.name] = f"{place}/constant_{number}"
         # Rebuilt from its values: the exporter notes things of its own in a tensor.
@@ -118,6 +123,27 @@ def _append(graph: onnx.GraphProto, place: str, layer: _Graph, tensors: Tensors,
                 attribute=[_bare(attribute) for attribute in sorted(node.attribute, key=lambda attribute: attribute.name)],
             )
         )
+
+
+def _weights_of(layer: Layer, tensors: Tensors, precision: Precision) -> Tensors:
+    """Returns a layer's weights as the file holds them."""
+    stored = {}
+    for name, tensor in tensors.items():
+        # A weight beyond float16 becomes infinite: that is what is asked below, not a matter for a warning.
+        with np.errstate(over="ignore"):
+            stored[name] = tensor.astype(_stored_type(layer.spec.kind, name, precision))
+        if not np.isfinite(stored[name]).all():
+            raise ExportError(
+                f"found weights up to {np.abs(tensor).max():g} in {name} of a {layer.spec.kind}",
+                f"numbers that {precision} can hold, at most {np.finfo(precision).max:g}",
+                "export in float32",
+            )
+    return stored
+
+
+def _stored_type(kind: LayerKind, tensor: str, precision: Precision) -> np.dtype[Any]:
+    # A head's bias is a shift of the logits themselves: rounded, it would cost more than all its weights together.
+    return np.dtype(np.float32 if kind is LayerKind.HEAD and tensor == "bias" else precision)
 
 
 def _bare(attribute: onnx.AttributeProto) -> onnx.AttributeProto:
@@ -141,19 +167,21 @@ def _graph_of(layer: Layer, source: Tensor, settings: ExportSettings) -> _Graph:
     if spec.kind is LayerKind.HEAD:
         spec = LayerSpec.of(spec.kind, **{**spec.config, "classes": _EXAMPLE_CLASSES})
     if spec.kind is LayerKind.PATCH_EMBED:
-        return _export_layer(spec, source.shape, settings.opset)
-    return _export_layer(spec, None, settings.opset)
+        return _export_layer(spec, source.shape, settings.opset, settings.precision)
+    return _export_layer(spec, None, settings.opset, settings.precision)
 
 
 @functools.cache
-def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, opset: int) -> _Graph:
-    module = _LayerFunction(spec)
+def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, opset: int, precision: Precision) -> _Graph:
+    module = _LayerFunction(spec, precision)
     example, free = _example_input(spec, image_shape)
+    if example.is_floating_point():
+        example = example.to(_TORCH_TYPES[precision])
     program = torch.onnx.export(
         module.eval(),
-        (example, [torch.zeros(shape) for shape in module.weight_shapes.values()]),
+        (example, module.example_weights),
         dynamo=True,
-        dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC), [None] * len(module.weight_shapes)),
+        dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC), [None] * len(module.example_weights)),
         opset_version=opset,
         verbose=False,
     )
@@ -168,7 +196,7 @@ def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, o
         nodes=tuple(model.graph.node),
         constants=tuple(model.graph.initializer),
         input=inputs[0],
-        weights=dict(zip(module.weight_shapes, inputs[1:], strict=True)),
+        weights=dict(zip(module.weight_names, inputs[1:], strict=True)),
         output=model.graph.output[0].name,
     )
 
@@ -176,15 +204,28 @@ def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, o
 class _LayerFunction(nn.Module):
     """A layer as a function of its input and its weights."""
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(self, spec: LayerSpec, precision: Precision) -> None:
         super().__init__()
+        self._kind = spec.kind
+        self._type = _TORCH_TYPES[precision]
         # In a list, so that its weights do not become this module's own, which torch.onnx would write into the graph.
         self._layer = [build_module(spec, None, fused_attention=False).eval()]
-        self.weight_shapes = {name: tuple(tensor.shape) for name, tensor in self._layer[0].state_dict().items()}
+        state = self._layer[0].state_dict()
+        self.weight_names = tuple(state)
+        self.example_weights = [
+            torch.zeros(tensor.shape, dtype=_TORCH_TYPES[_stored_type(spec.kind, name, precision).name])
+            for name, tensor in state.items()
+        ]
 
     def forward(self, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        """Returns what the layer makes of x with these weights, given in the order of `weight_shapes`."""
-        named = dict(zip(self.weight_shapes, weights, strict=True))
+        """Returns what the layer makes of x with these weights, given in the order of `weight_names`."""
+        named = dict(zip(self.weight_names, weights, strict=True))
+        if self._type is not torch.float32:
+            if self._kind is LayerKind.PATCH_EMBED:
+                x = scale_image(x).to(self._type)
+            elif self._kind is LayerKind.HEAD:
+                x = x.float()
+                named = {name: weight.float() for name, weight in named.items()}
         result: torch.Tensor = torch.func.functional_call(self._layer[0], named, (x,))
         return result
 

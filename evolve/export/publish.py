@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from evolve.errors import ExportError
+from evolve.export.magnitudes import MOST_IN_FLOAT16, greatest_magnitude
 from evolve.export.onnx import export_segment
-from evolve.export.parity import TOLERANCE, Routes, varied
+from evolve.export.parity import NUM_TOP1_IMAGES, Routes, varied
 from evolve.export.repository import FORMAT, MODEL_FILE, Repository, open_for_publishing
 from evolve.export.segments import Segmentation, find_segments, published_cuts
-from evolve.export.settings import ExportSettings, Target, exporter_version
+from evolve.export.settings import ExportSettings, Precision, Target, exporter_version
 from evolve.export.tensors import segment_to_proto
 from evolve.export.triton import (
     CONFIG_FILE,
@@ -36,6 +37,7 @@ from evolve.scoring import accounted_parameters, sharing_counts
 from evolve.store import System, TaskRecord
 from evolve.vit import reference_logits
 from munet import preprocessing
+from munet.parity import tolerance_of
 from munet.preprocessing import Pixels
 from munet.v1 import generation_pb2
 
@@ -79,18 +81,27 @@ class _Current:
 
 
 def export_system(
-    system: System, repository: pathlib.Path, *, target: Target = "cpu", progress: Tell | None = None
+    system: System,
+    repository: pathlib.Path,
+    *,
+    target: Target = "cpu",
+    precision: Precision = "float32",
+    num_top1_images: int = NUM_TOP1_IMAGES,
+    progress: Tell | None = None,
 ) -> PublishResult:
     """Publishes all current paths of a system.
 
     Segments that are there already stay untouched. Every route that is new or contains a new segment is compared with torch on the
-    task's example images, at batches of 1, 2 and the most. While another process publishes to the repository, this one waits; it
-    publishes what the system holds afterwards.
+    task's example images, at batches of 1, 2 and the most; in float16 also on varied copies of them. A publication has one precision; a
+    repository may hold generations of both. While another process publishes to the repository, this one waits; it publishes what the
+    system holds afterwards.
 
     Args:
         system: what to publish.
         repository: the model repository; made if missing.
         target: where Triton is to run it.
+        precision: of weights and hidden states.
+        num_top1_images: images on which the best classes of a new float16 route are compared with torch's.
         progress: takes a sentence about each step.
 
     Raises:
@@ -99,12 +110,12 @@ def export_system(
         DamagedError: a path, layer or example image of the system cannot be read.
     """
     tell = progress or (lambda _: None)
-    settings = ExportSettings(target=target)
+    settings = ExportSettings(target=target, precision=precision)
     started = time.monotonic()
     try:
         with open_for_publishing(repository, system.id, tell) as opened:
             try:
-                result = _Publisher(system, opened, settings, tell).publish()
+                result = _Publisher(system, opened, settings, num_top1_images, tell).publish()
             finally:
                 # What a failure left behind goes at once; what was published before stays.
                 opened.collect()
@@ -119,10 +130,13 @@ def export_system(
 class _Publisher:
     """One publication, from the system's records to CURRENT."""
 
-    def __init__(self, system: System, repository: Repository, settings: ExportSettings, tell: Tell) -> None:
+    def __init__(
+        self, system: System, repository: Repository, settings: ExportSettings, num_top1_images: int, tell: Tell
+    ) -> None:
         self._system = system
         self._repository = repository
         self._settings = settings
+        self._num_top1_images = num_top1_images
         self._tell = tell
         self._files: dict[str, generation_pb2.File] = {}
 
@@ -210,10 +224,12 @@ class _Publisher:
         known = self._published(task.record.name)
         if known is not None and (known.path_id, known.golden.images) == (task.record.path_id, file):
             # The same path and images: another machine's torch may differ in the last bit, which is no reason for a new generation.
-            return known.golden
-        self._tell(f"computing golden logits of {task.record.name}")
-        logits = reference_logits(task.path, self._system.tensors, images, batch_size=len(images))
-        return generation_pb2.GoldenLogits(images=file, logits=logits.ravel().tolist(), tolerance=TOLERANCE)
+            logits = np.array(known.golden.logits, dtype=np.float32).reshape(-1, len(task.record.labels))
+        else:
+            self._tell(f"computing golden logits of {task.record.name}")
+            logits = reference_logits(task.path, self._system.tensors, images, batch_size=len(images))
+        tolerance = tolerance_of(self._settings.precision, logits)
+        return generation_pb2.GoldenLogits(images=file, logits=logits.ravel().tolist(), tolerance=tolerance)
 
     def _put_segments(self, segmentation: Segmentation) -> frozenset[str]:
         """Exports the segments that are missing or damaged, and returns their names."""
@@ -244,13 +260,30 @@ class _Publisher:
             ):
                 continue
             self._tell(f"comparing the route of {name} with torch")
-            task = tasks[name]
+            task, precision = tasks[name], self._settings.precision
             images = varied(task.images, most)
+            if precision == "float16":
+                self._check_magnitudes(task, images)
             expected = reference_logits(task.path, self._system.tensors, images, batch_size=most)
-            routes.check(name, message.route, images, expected, (1, 2, most))
+            routes.check(name, message.route, images, expected, (1, 2, most), precision)
             golden = np.load(self._repository.folder / message.golden.images, allow_pickle=False)
             answers = np.array(message.golden.logits, dtype=np.float32).reshape(len(golden), -1)
-            routes.check(name, message.route, golden, answers, (len(golden),))
+            routes.check(name, message.route, golden, answers, (len(golden),), precision)
+            if precision == "float16":
+                many = varied(task.images, self._num_top1_images)
+                expected = reference_logits(task.path, self._system.tensors, many, batch_size=most)
+                found = routes.check_best_classes(name, message.route, many, expected, most)
+                self._tell(f"float16 route of {name}: {found}")
+
+    def _check_magnitudes(self, task: _Current, images: Pixels) -> None:
+        greatest = greatest_magnitude(task.path, self._system.tensors, images)
+        # Written so that a magnitude that is no number is refused too.
+        if not greatest <= MOST_IN_FLOAT16:
+            raise ExportError(
+                f"found values up to {greatest:g} within the path of task {task.record.name!r}",
+                f"at most {MOST_IN_FLOAT16:g} for float16",
+                "nothing was published; export in float32",
+            )
 
     def _generation(
         self,

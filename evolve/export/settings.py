@@ -10,6 +10,9 @@ from typing import Literal
 Target = Literal["cpu", "gpu"]
 """Where Triton is to run the segments."""
 
+Precision = Literal["float32", "float16"]
+"""Of weights and hidden states."""
+
 EXPORTER_NUMBER = 1
 """Raised by every change of evolve.export that changes a byte of what a segment's folder holds."""
 
@@ -22,14 +25,14 @@ class ExportSettings:
 
     Attributes:
         target: where Triton is to run them.
-        precision: of weights and hidden states.
+        precision: of weights and hidden states. Images stay uint8 and logits float32.
         max_batch_size: most rows of one execution.
         opset: version of the ONNX operators; 20 is what ONNX Runtime 1.27 and today's Triton containers all know.
         ir_version: version of the ONNX file format, for the same reason.
     """
 
     target: Target = "cpu"
-    precision: Literal["float32"] = "float32"
+    precision: Precision = "float32"
     max_batch_size: int = 32
     opset: int = 20
     ir_version: int = 10

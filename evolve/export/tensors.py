@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evolve.export.segments import Segment, Unit
-from evolve.export.settings import ExportSettings
+from evolve.export.settings import ExportSettings, Precision
 from evolve.layer import LayerKind
 from munet.v1 import generation_pb2
 
@@ -20,6 +20,7 @@ TOKENS = "tokens"
 _DATA_TYPES = {
     np.dtype(np.uint8): generation_pb2.DATA_TYPE_UINT8,
     np.dtype(np.float32): generation_pb2.DATA_TYPE_FLOAT32,
+    np.dtype(np.float16): generation_pb2.DATA_TYPE_FLOAT16,
 }
 
 
@@ -29,7 +30,7 @@ class Tensor:
 
     Attributes:
         name: `image`, `hidden`, `next_hidden` or `logits`.
-        data_type: uint8 or float32.
+        data_type: uint8, float32 or float16.
         shape: without the batch; None where any number of tokens goes.
     """
 
@@ -43,17 +44,17 @@ class Tensor:
         return generation_pb2.TensorSpec(name=self.name, data_type=_DATA_TYPES[self.data_type], shape=shape)
 
 
-def input_of(units: Sequence[Unit]) -> Tensor:
+def input_of(units: Sequence[Unit], precision: Precision) -> Tensor:
     """Returns what a run of units takes: the image if it starts with a stem, else hidden states of any number of tokens."""
     first = units[0]
     if not first.is_stem:
-        return Tensor("hidden", np.dtype(np.float32), (None, first.layers[0].spec.integer("width")))
+        return Tensor("hidden", np.dtype(precision), (None, first.layers[0].spec.integer("width")))
     patch_size = first.layers[0].spec.integer("patch_size")
     rows, columns = _grid(first)
     return Tensor("image", np.dtype(np.uint8), (rows * patch_size, columns * patch_size, 3))
 
 
-def output_of(units: Sequence[Unit]) -> Tensor:
+def output_of(units: Sequence[Unit], precision: Precision) -> Tensor:
     """Returns what a run of units gives: the logits if it ends with a head, else hidden states.
 
     The number of tokens is fixed behind a stem: ONNX Runtime finds it out, and Triton wants the configuration to say the same.
@@ -65,7 +66,7 @@ def output_of(units: Sequence[Unit]) -> Tensor:
     if units[0].is_stem:
         rows, columns = _grid(units[0])
         tokens = 1 + rows * columns
-    return Tensor("next_hidden", np.dtype(np.float32), (tokens, last.integer("width")))
+    return Tensor("next_hidden", np.dtype(precision), (tokens, last.integer("width")))
 
 
 def segment_to_proto(segment: Segment, settings: ExportSettings) -> generation_pb2.Segment:
@@ -73,8 +74,8 @@ def segment_to_proto(segment: Segment, settings: ExportSettings) -> generation_p
     return generation_pb2.Segment(
         name=segment.name,
         units=[generation_pb2.Unit(layer_ids=unit.layer_ids) for unit in segment.units],
-        input=input_of(segment.units).to_proto(),
-        output=output_of(segment.units).to_proto(),
+        input=input_of(segment.units, settings.precision).to_proto(),
+        output=output_of(segment.units, settings.precision).to_proto(),
         max_batch_size=settings.max_batch_size,
         num_parameters=segment.num_parameters,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from server.embedded.carriers import Values
 from server.embedded.scheduler import Rows
 from server.engine import Logits, Question
 from server.generation import Generation
@@ -139,20 +140,13 @@ class Cargo:
 
     open_question: OpenQuestion
     branch: Branch
-    values: npt.NDArray[Any]
+    values: Values
     first_image: int
 
 
-def values_of(rows: Rows[Cargo]) -> npt.NDArray[Any]:
+def values_of(rows: Rows[Cargo]) -> Values:
     """Returns the input of some rows, [rows, ...]."""
     return rows.payload.values[rows.first : rows.first + rows.count]
-
-
-def gather(batch: Sequence[Rows[Cargo]]) -> npt.NDArray[Any]:
-    """Returns the input of a batch, [rows, ...], without a copy if all of it lies together already."""
-    if len(batch) == 1:
-        return values_of(batch[0])
-    return np.concatenate([values_of(rows) for rows in batch])
 
 
 class SegmentCounters:

@@ -13,15 +13,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 import onnxruntime
 
 from server.config import EngineSettings
-from server.embedded.batches import Branch, Cargo, LoadedGeneration, OpenQuestion, SegmentCounters, gather
+from server.embedded.batches import Branch, Cargo, LoadedGeneration, OpenQuestion, SegmentCounters, values_of
+from server.embedded.carriers import Carrier, Transfers, Values, carrier_of
 from server.embedded.scheduler import Decision, Lane, Rows, Scheduler
-from server.embedded.sessions import SegmentSession, prepare_process
+from server.embedded.sessions import SegmentSession, prepare_device, prepare_process
 from server.engine import Logits, Question, SegmentStatistics, check_question
 from server.errors import DeadlineError, EngineClosedError, NotLoadedError, OverloadedError, SegmentRunError, ServerError
 from server.generation import Generation
@@ -38,10 +38,19 @@ class EmbeddedEngine:
     Args:
         settings: how it works.
         clock: seconds that only go forward, the clock of questions' deadlines.
+        carrier: how rows get from segment to segment, on the device of the settings; none means the one that suits it.
+
+    Raises:
+        DeviceError: the device cannot be used.
+        SettingsError: this process has a thread pool of another size.
     """
 
-    def __init__(self, settings: EngineSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, settings: EngineSettings, clock: Callable[[], float] = time.monotonic, carrier: Carrier | None = None
+    ) -> None:
         prepare_process(settings.num_threads)
+        prepare_device(settings.device)
+        self._carrier = carrier or carrier_of(settings.device)
         self._settings = settings
         self._clock = clock
         self._lock = threading.Lock()
@@ -129,6 +138,15 @@ class EmbeddedEngine:
                 for name, counters in sorted(self._counters.items())
             ]
 
+    def transfers(self) -> Transfers:
+        """Returns what has crossed between host and device; nothing on a CPU."""
+        return self._carrier.transfers()
+
+    def providers(self) -> dict[str, str]:
+        """Returns what each segment that is held runs on, ONNX Runtime's first provider by the segment's name."""
+        with self._lock:
+            return {name: session.session.get_providers()[0] for name, session in sorted(self._sessions.items())}
+
     def close(self) -> None:
         """Fails what is open, frees everything and ends the workers. See `Engine.close`."""
         with self._lock:
@@ -164,7 +182,7 @@ class EmbeddedEngine:
         loaded.num_open += 1
         return opened
 
-    def _enqueue(self, opened: OpenQuestion, branch: Branch, values: npt.NDArray[Any], first_image: int) -> None:
+    def _enqueue(self, opened: OpenQuestion, branch: Branch, values: Values, first_image: int) -> None:
         segment = opened.loaded.generation.segments[branch.segment]
         max_rows = min(segment.max_batch_size, self._settings.max_batch_rows)
         deadline_seconds = opened.question.deadline_seconds
@@ -203,8 +221,10 @@ class EmbeddedEngine:
             del decision, session, settlements
 
     def _run_batch(self, session: SegmentSession, decision: Decision[Cargo]) -> None:
+        # Logits come down; hidden states stay where they are.
+        to_host = any(rows.payload.branch.leaves for rows in decision.batch)
         try:
-            answer = session.run(gather(decision.batch))
+            answer = self._carrier.run(session, [values_of(rows) for rows in decision.batch], to_host)
         except Exception as error:
             # The edge to ONNX Runtime, whose errors share no class but Exception.
             _log.warning("segment %s failed on a batch of %d requests: %s", session.segment.name, len(decision.batch), error)
@@ -215,12 +235,13 @@ class EmbeddedEngine:
                 return
             self._fail_batch(decision, SegmentRunError(session.segment.name, str(error)[:500]))
             return
+        sound = isinstance(answer, np.ndarray) and to_host and bool(np.isfinite(answer).all())
         with self._lock:
             # A segment whose last question was cancelled while it ran is gone by now.
             counters = self._counters.get(session.segment.name)
             if counters is not None:
                 counters.count(decision.batch)
-            settlements = list(self._distribute(decision.batch, answer))
+            settlements = list(self._distribute(session.segment.name, decision.batch, answer, sound))
             if len(self._workers) > 1:
                 self._work.notify_all()
         _settle(settlements)
@@ -230,8 +251,8 @@ class EmbeddedEngine:
             settlements = [settle for rows in decision.batch for settle in self._fail(rows.request, error)]
         _settle(settlements)
 
-    def _distribute(self, batch: Iterable[Rows[Cargo]], answer: npt.NDArray[Any]) -> Iterable[Settlement]:
-        """Sends each row of a batch's answer where it goes next."""
+    def _distribute(self, segment: str, batch: Iterable[Rows[Cargo]], answer: Values, sound: bool) -> Iterable[Settlement]:
+        """Sends each row of a batch's answer where it goes next; `sound` says that all of it is known to be numbers."""
         start = 0
         for rows in batch:
             values = answer[start : start + rows.count]
@@ -242,6 +263,12 @@ class EmbeddedEngine:
             first_image = rows.payload.first_image + rows.first
             for branch in rows.payload.branch.children.values():
                 self._enqueue(opened, branch, values, first_image)
+            if not rows.payload.branch.leaves:
+                continue
+            if not isinstance(values, np.ndarray) or not (sound or np.isfinite(values).all()):
+                # As float16 gives where it overflows: no answer, and no business of the other rows'.
+                yield from self._fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
+                continue
             for task in rows.payload.branch.leaves:
                 if opened.put(task, first_image, values):
                     self._end(opened)

@@ -1,20 +1,40 @@
-"""ONNX Runtime sessions: one for each segment, all on one thread pool and one memory arena."""
+"""ONNX Runtime sessions: one for each segment, all on one thread pool and one memory arena of the host."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pathlib
 import threading
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+from onnx import TensorProto, helper
 
-from server.errors import SegmentLoadError, SettingsError
+from server.errors import DeviceError, SegmentLoadError, SettingsError
 from server.generation import Segment, TensorSpec, shapes_agree
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's name for each device."""
+
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
+    "cpu": {},
+    "cuda": {
+        "device_id": "0",
+        # TF32 rounds to ten bits: too coarse for float32 logits.
+        "use_tf32": "0",
+        # Otherwise each new batch size is answered by trying every convolution there is, and the winner may be another next time.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # Each session has an arena of its own on the device, and a segment may be small: none grows by doubling.
+        "arena_extend_strategy": "kSameAsRequested",
+        # Before ONNX Runtime 1.28 a fused norm of float16 added up squares in float16; later ones always add in float32 and pass this over.
+        "enable_skip_layer_norm_strict_mode": "1",
+    },
+}
+"""How each device computes. Two runs of a session may share its arena: the default streams of ONNX Runtime keep them apart."""
 
 _NUMPY_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -61,7 +81,11 @@ class SegmentSession:
 
     Args:
         segment: what to load.
-        device: a key of `PROVIDERS`.
+        device: a key of `PROVIDERS`; `prepare_device` comes first.
+
+    Attributes:
+        segment: what was loaded.
+        session: the onnxruntime.InferenceSession.
 
     Raises:
         SegmentLoadError: ONNX Runtime refuses the model, it is not what the generation says, keeps weights outside its file, or did
@@ -74,7 +98,7 @@ class SegmentSession:
         _refuse_external_data(segment.name, segment.model)
         provider = PROVIDERS[device]
         try:
-            session = onnxruntime.InferenceSession(str(segment.model), _session_options(), providers=[provider])
+            session = open_session(str(segment.model), device)
         except Exception as error:
             # The edge to ONNX Runtime, whose errors share no class but Exception.
             raise SegmentLoadError(segment.name, str(error)[:500]) from error
@@ -82,7 +106,7 @@ class SegmentSession:
             raise SegmentLoadError(segment.name, f"providers {session.get_providers()}", f"{provider}, for device {device!r}")
         _check_tensors(segment.name, "input", session.get_inputs(), segment.input)
         _check_tensors(segment.name, "output", session.get_outputs(), segment.output)
-        self._session = session
+        self.session = session
         self._outputs = [segment.output.name]
 
     def run(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -98,10 +122,92 @@ class SegmentSession:
             Exception: whatever ONNX Runtime raises; its errors share no other class.
             ValueError: the answer is not what the segment's output says.
         """
-        answer: npt.NDArray[Any] = self._session.run(self._outputs, {self.segment.input.name: rows})[0]
-        if not shapes_agree(answer.shape, (len(rows), *self.segment.output.shape)):
-            raise ValueError(f"found output {list(answer.shape)}, expected {len(rows)} rows of {self.segment.output}")
+        answer: npt.NDArray[Any] = self.session.run(self._outputs, {self.segment.input.name: rows})[0]
+        self.check_answer(answer.shape, len(rows))
         return answer
+
+    def check_answer(self, shape: tuple[int, ...], num_rows: int) -> None:
+        """Checks the shape of an answer to so many rows.
+
+        Raises:
+            ValueError: it is not what the segment's output says.
+        """
+        if not shapes_agree(shape, (num_rows, *self.segment.output.shape)):
+            raise ValueError(f"found output {list(shape)}, expected {num_rows} rows of {self.segment.output}")
+
+
+def open_session(model: str | bytes, device: str) -> Any:
+    """Returns an onnxruntime.InferenceSession of a model's file or bytes. Whether it got the device is to be asked of it.
+
+    Raises:
+        Exception: whatever ONNX Runtime raises; its errors share no other class.
+    """
+    return onnxruntime.InferenceSession(
+        model, _session_options(), providers=[PROVIDERS[device]], provider_options=[PROVIDER_OPTIONS[device]]
+    )
+
+
+def prepare_device(device: str) -> None:
+    """Makes ONNX Runtime ready for a device, before the first session there, and makes sure that it can use it.
+
+    Args:
+        device: a key of `PROVIDERS`.
+
+    Raises:
+        DeviceError: it cannot. ONNX Runtime by itself would compute on the CPU and say so in its log at most.
+    """
+    if device == "cpu":
+        return
+    provider = PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        raise DeviceError(device, f"{onnxruntime.__name__} {onnxruntime.__version__} built for {_available()}", provider)
+    said = io.StringIO()
+    # It prints what it misses, and standard output is where scripts look for the server's address.
+    with contextlib.redirect_stdout(said):
+        onnxruntime.preload_dlls()
+    try:
+        session = open_session(probe_model(), device)
+        found = session.get_providers()
+        if found[0] == provider:
+            _run_probe(session, device)
+            return
+        reason = f"sessions on {', '.join(found)}"
+    except Exception as error:
+        # The edge to ONNX Runtime, whose errors share no class but Exception.
+        reason = str(error)[:500]
+    missing = "; ".join(said.getvalue().split("\n")[:3]).strip("; ")
+    raise DeviceError(device, f"{reason} ({missing})" if missing else reason, provider)
+
+
+def _available() -> str:
+    return ", ".join(onnxruntime.get_available_providers())
+
+
+def probe_model() -> bytes:
+    """Returns the smallest ONNX model that shows whether a device computes: y = x + x, float32 [n]."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "probe", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _run_probe(session: Any, device: str) -> None:
+    """Computes on a device as a carrier does: up, there, down.
+
+    Raises:
+        ValueError: the answer is wrong.
+        Exception: whatever ONNX Runtime raises.
+    """
+    given = np.arange(4, dtype=np.float32)
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", given)
+    binding.synchronize_inputs()
+    binding.bind_output("y", device, 0)
+    session.run_with_iobinding(binding)
+    found = binding.copy_outputs_to_cpu()[0]
+    if not np.array_equal(found, given * 2):
+        raise ValueError(f"a wrong answer of the device, {found}")
 
 
 def _session_options() -> Any:

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from evolve import cli
+from evolve.export.publish import PublishResult
 from evolve.root import save_root
 from evolve.store import System
 from evolve.vit import reference_logits
 from tests.support.processes import environment, evolve
-from tests.support.system import IMAGE_SIZE, random_tensors, root_specs
+from tests.support.system import IMAGE_SIZE, SKETCHES, build_system, random_tensors, root_specs
 
 SETTINGS = f"""
 [root]
@@ -278,6 +279,32 @@ def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "found another process at work on task 'colours'" in error
     assert "wait until it ends; other tasks can be evolved meanwhile, each with --task" in error
+
+
+@pytest.mark.parametrize("command", ["run", "export"])
+def test_a_precision_that_is_none_is_refused_before_anything_is_read(folder, monkeypatch, capsys, command):
+    what = [folder / "none.toml"] if command == "run" else []
+    assert _main(monkeypatch, command, *what, "--system", folder / "system", "--precision", "half") == 2
+    assert "found precision 'half'; expected float32 or float16" in capsys.readouterr().err
+    assert not (folder / "system").exists()
+
+
+def test_the_precision_reaches_the_export(folder, monkeypatch, capsys):
+    told = []
+
+    def export_system(system, repository, **settings):
+        told.append((settings["target"], settings["precision"]))
+        return PublishResult(generation=1, new_segments=(), reused_segments=(), seconds=0.0, changed=True)
+
+    monkeypatch.setattr("evolve.export.publish.export_system", export_system)
+    build_system(folder / "small", {"plain": SKETCHES["plain"]})
+    where = ("--system", folder / "small", "--repository", folder / "repository")
+    assert _main(monkeypatch, "export", *where) == 0
+    assert _main(monkeypatch, "export", *where, "--target", "gpu", "--precision", "float16") == 0
+    file = _write(folder, SETTINGS + COLOURS)
+    evolved = ("--system", folder / "system", "--repository", folder / "repository")
+    assert _main(monkeypatch, "run", file, *evolved, "--precision", "float16") == 0
+    assert told == [("cpu", "float32"), ("gpu", "float16"), ("cpu", "float16")]
 
 
 @pytest.mark.parametrize("command", ["run", "show", "verify", "remove", "pretrain", "export"])

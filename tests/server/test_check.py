@@ -9,7 +9,7 @@ import pytest
 from server.check import check
 from server.embedded.engine import EmbeddedEngine
 from server.repository import Repository
-from tests.support.repository import RepositoryBuilder
+from tests.support.repository import DIGITS, VOID, RepositoryBuilder
 from tests.support.serving import ENGINE
 
 
@@ -69,6 +69,22 @@ def test_every_wrong_golden_answer_is_named(builder: RepositoryBuilder, engine: 
     assert "digits" in found[0]
     assert "a difference of 1" in found[0]
     assert "nan" in found[1]
+
+
+def test_a_task_without_numbers_is_named_and_the_others_are_still_asked(
+    builder: RepositoryBuilder, engine: EmbeddedEngine
+) -> None:
+    number = builder.publish({"digits": DIGITS, "void": VOID})
+    path = builder.read_manifest(number).tasks[0].golden.images
+    images = np.load(builder.root / path)
+    images[0, 0, 0, 0] = 255
+    np.save(builder.root / path, images)
+    builder.replace_file(number, path, (builder.root / path).read_bytes())
+    found = findings(builder, engine)
+    assert len(found) == 2
+    assert found[0].startswith("task 'digits': golden answer: found a difference of ")
+    assert found[1].startswith("task 'void': golden answer: found segment ")
+    assert "no numbers" in found[1]
 
 
 def test_golden_images_that_are_none(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:

@@ -20,6 +20,7 @@ import pytest
 from server.cli import main
 from server.client import AdminClient, Client
 from server.config import ServerSettings
+from server.embedded.sessions import open_session, probe_model
 from tests.support.images import encode
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
 
@@ -194,6 +195,8 @@ def test_bad_input_is_told_with_status_2(
         (("serve", "--repository", builder.root), "generation 2 is refused: files: "),
         (("serve", "--listen", "nowhere"), "listen: found 'nowhere', expected HOST:PORT"),
         (("serve", "--settings", settings), "limits.max_imagess: found 3, expected no such key"),
+        (("serve", "--repository", builder.root, "--device", "tpu"), "engine.device: found 'tpu', expected 'cpu' or 'cuda'"),
+        (("check", "--repository", builder.root, "--device", "tpu"), "engine.device: found 'tpu'"),
         (("check", "--repository", tmp_path / "none"), "found no folder"),
         (("status", "--admin", "127.0.0.1:1"), "(UNAVAILABLE); is `munet-server serve` running there?"),
     )
@@ -202,6 +205,26 @@ def test_bad_input_is_told_with_status_2(
         assert (status, out) == (2, ""), err
         assert words in err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_gpu_that_is_not_there_ends_it_before_anything_is_served(builder: RepositoryBuilder, command: str) -> None:
+    if "CUDAExecutionProvider" in usable_providers():
+        pytest.skip("this machine can use cuda")
+    status, out, err = run(command, "--repository", builder.root, "--device", "cuda")
+    assert (status, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("munet-server: device 'cuda': found ")
+    assert last.endswith("or serve with --device cpu")
+    assert "expected CUDAExecutionProvider" in last
+    assert "Traceback" not in err
+
+
+def usable_providers() -> list[str]:
+    try:
+        return list(open_session(probe_model(), "cuda").get_providers())
+    except Exception:
+        return []
 
 
 def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,11 @@ def test_zero_means_as_many_as_there_are_cpus() -> None:
     assert EngineSettings(threads=1).num_workers == num_usable_cpus()
 
 
+def test_a_gpu_has_two_workers_however_many_cpus_there_are() -> None:
+    assert EngineSettings(device="cuda").num_workers == 2
+    assert EngineSettings(device="cuda", workers=5).num_workers == 5
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -168,6 +168,10 @@ def test_a_repository_behind_a_link_is_served(builder: RepositoryBuilder, tmp_pa
         (lambda m: setattr(m.tasks[0].preprocessing, "image_size", 10**9), "image_size"),
         (lambda m: m.tasks[0].ClearField("golden"), "golden"),
         (lambda m: setattr(m.tasks[0].golden, "tolerance", float("nan")), "tolerance"),
+        (
+            lambda m: setattr(m.tasks[0].golden, "tolerance", 2e-2),
+            "golden.tolerance: found 0.02, expected at most 0.0001 on a float32",
+        ),
         (lambda m: setattr(m.tasks[0].golden, "images", "../golden.npy"), "no entry"),
         (lambda m: m.tasks[0].golden.logits.pop(), "golden.logits"),
         (lambda m: setattr(m.multi_task_ensembles[0], "name", "every-8.1"), "multi-task ensemble"),

@@ -12,16 +12,25 @@ import pytest
 
 import evolve.export.publish
 from evolve.errors import ExportError
+from evolve.export.onnx import export_segment
 from evolve.export.parity import Routes, varied
 from evolve.export.publish import export_system
-from evolve.export.settings import exporter_version
+from evolve.export.segments import Unit, segment_of
+from evolve.export.settings import ExportSettings, exporter_version
+from evolve.layer import HEAD, NORM
+from evolve.path import Path, PlacedLayer
 from evolve.store import System
 from evolve.vit import reference_logits
 from munet import preprocessing
+from munet.parity import tolerance_of
+from munet.v1 import generation_pb2
 from tests.evolve.export.conftest import Published
 from tests.evolve.export.whole import check_whole
 from tests.evolve.export.whole import read_generation as generation
 from tests.support.system import IMAGE_SIZE, TaskSketch, add_task, block_position, build_system
+
+FEW = 8
+"""Heads of random weights leave near ties that 1,000 images would meet; what many images must say is told in test_parity.py."""
 
 
 def tree(repository: pathlib.Path) -> dict[str, tuple[int, bytes]]:
@@ -173,6 +182,75 @@ def test_another_target_makes_other_segments(published: Published) -> None:
     assert "KIND_GPU" in config
 
 
+def test_float16_is_another_generation_beside_and_the_way_back_exports_nothing(published: Published) -> None:
+    first = check_whole(published.repository)
+    told: list[str] = []
+    result = export_system(published.system, published.repository, precision="float16", num_top1_images=FEW, progress=told.append)
+    half = check_whole(published.repository)
+    assert (result.changed, half.number) == (True, 2)
+    assert {segment.name for segment in half.segments}.isdisjoint(segment.name for segment in first.segments)
+    assert {tensor.data_type for segment in half.segments for tensor in (segment.input, segment.output)} == {
+        generation_pb2.DATA_TYPE_UINT8,
+        generation_pb2.DATA_TYPE_FLOAT16,
+        generation_pb2.DATA_TYPE_FLOAT32,
+    }
+    for old, new in zip(first.tasks, half.tasks, strict=True):
+        assert (old.path_id, old.golden.logits, old.golden.images) == (new.path_id, new.golden.logits, new.golden.images)
+        assert old.golden.tolerance == pytest.approx(1e-4)
+        logits = np.array(new.golden.logits, dtype=np.float32).reshape(-1, len(new.labels))
+        assert new.golden.tolerance == pytest.approx(tolerance_of("float16", logits))
+        assert any("best classes are torch's" in line and new.name in line for line in told)
+    # Every weight takes half the room but those of heads' biases.
+    sizes = [sum(file.num_bytes for file in each.files if file.path.endswith("model.onnx")) for each in (first, half)]
+    assert sizes[1] < 0.75 * sizes[0]
+    images = np.random.default_rng(3).integers(0, 256, (9, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    rounded = answers(published.repository, images)
+    assert not export_system(published.system, published.repository, precision="float16", num_top1_images=FEW).changed
+    result = export_system(published.system, published.repository)
+    assert (result.generation, result.new_segments) == (3, ())
+    again = check_whole(published.repository)
+    assert (again.segments, again.tasks, again.files) == (first.segments, first.tasks, first.files)
+    for name, logits in answers(published.repository, images).items():
+        difference = np.abs(logits - rounded[name]).max()
+        assert 0 < difference <= 5e-2
+
+
+def test_values_beyond_float16_are_refused_in_float16_alone(published: Published) -> None:
+    # Attention scores of about a million: fine in float32, infinite in float16, and NaN after the softmax.
+    record = add_task(published.system, "loud", TaskSketch(cloned=(block_position(0),)))
+    path = published.system.path(record.path_id)
+    layer = path.layer(block_position(0))
+    tensors = {name: np.array(tensor) for name, tensor in published.system.tensors(layer.id).items()}
+    tensors["attn.qkv.bias"][: 2 * 16] = 400.0
+    loud = published.system.put_layer(layer.spec, tensors)
+    layers = [PlacedLayer(position, loud if each is layer else each) for position, each in path.layers]
+    changed = Path.of(
+        task="loud", layers=layers, hyperparameters=path.hyperparameters, parent_id=path.parent_id, quality=path.quality
+    )
+    published.system.put_path(changed)
+    published.system.put_task(dataclasses.replace(record, path_id=changed.id))
+    before = tree(published.repository)
+    with pytest.raises(ExportError, match=r"found values up to .* within the path of task 'loud'; expected at most 32752"):
+        export_system(published.system, published.repository, precision="float16")
+    assert tree(published.repository) == before
+    assert export_system(published.system, published.repository).generation == 2
+
+
+def test_weights_beyond_float16_are_refused_in_float16_alone(published: Published) -> None:
+    record = add_task(published.system, "heavy", TaskSketch())
+    path = published.system.path(record.path_id)
+    head = path.layer(HEAD)
+    tensors = {name: np.array(tensor) for name, tensor in published.system.tensors(head.id).items()}
+    tensors["weight"][0, 0] = 1e5
+    # A bias stays float32 and may be anything.
+    tensors["bias"][:] = 1e5
+    heavy = published.system.put_layer(head.spec, tensors)
+    segment = segment_of([Unit((path.layer(NORM), heavy))], ExportSettings(precision="float16"))
+    with pytest.raises(ExportError, match=r"found weights up to 100000 in weight of a head"):
+        export_segment(segment, published.system.tensors, ExportSettings(precision="float16"))
+    assert export_segment(segment, published.system.tensors, ExportSettings())
+
+
 def test_only_the_last_three_generations_and_what_they_name_stay(published: Published) -> None:
     repository = published.repository
     keepsakes = [repository / "README.md", repository / "theirs" / "config.pbtxt", repository / "notes-1.json"]
@@ -201,7 +279,7 @@ def test_a_route_that_differs_from_torch_is_not_published(published: Published, 
         return real(segment, lambda layer: {name: 1.01 * values for name, values in tensors(layer).items()}, settings)
 
     monkeypatch.setattr(evolve.export.publish, "export_segment", spoiled)
-    with pytest.raises(ExportError, match=r"differ from torch's by .* on the exported route of task 'wrong'"):
+    with pytest.raises(ExportError, match="a difference of .* between torch and the exported float32 route of task 'wrong'"):
         export_system(published.system, published.repository)
     assert tree(published.repository) == before
 

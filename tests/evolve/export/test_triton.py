@@ -50,6 +50,16 @@ def test_on_a_gpu_float32_stays_float32() -> None:
     assert not parsed(segment_config(MIDDLE, "cpu")).HasField("optimization")
 
 
+def test_float16_is_stated_and_its_norms_add_up_in_float32_on_a_gpu() -> None:
+    half = generation_pb2.DATA_TYPE_FLOAT16
+    head = segment("seg-half", generation_pb2.TensorSpec(name="hidden", data_type=half, shape=(-1, 8)), tensor("logits", 2))
+    config = parsed(segment_config(head, "gpu"))
+    assert [(t.name, t.data_type) for t in config.input] == [("hidden", model_config_pb2.TYPE_FP16)]
+    assert [(t.name, t.data_type) for t in config.output] == [("logits", model_config_pb2.TYPE_FP32)]
+    (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert dict(cuda.parameters) == {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+
+
 def test_a_task_is_an_ensemble_of_its_route() -> None:
     ensemble = task_ensemble(A)
     config = parsed(ensemble.files["config.pbtxt"])

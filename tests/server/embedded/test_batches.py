@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.embedded.batches import Cargo, LoadedGeneration, OpenQuestion, RouteTree, gather
+from server.embedded.batches import Cargo, LoadedGeneration, OpenQuestion, RouteTree, values_of
 from server.embedded.scheduler import Lane, Rows
 from server.engine import Question
 from server.repository import Repository
@@ -30,14 +30,13 @@ def walk(tree: RouteTree):
         stack += branch.children.values()
 
 
-def test_gathering_copies_only_what_does_not_lie_together(tmp_path) -> None:
+def test_rows_are_a_part_of_what_they_carry(tmp_path) -> None:
     RepositoryBuilder(tmp_path).publish()
     generation = Repository(tmp_path).read()
     opened = OpenQuestion(1, Question(generation, random_images(4, 8), ("digits",)), LoadedGeneration(generation), 0.0)
     cargo = Cargo(opened, opened.tree.roots[0], np.arange(12).reshape(4, 3), 0)
     lane = Lane("seg-a", (3,), 8)
-    one = Rows(1, lane, 1, 2, 0.0, 1.0, cargo)
-    other = Rows(1, lane, 3, 1, 0.0, 1.0, cargo)
-    assert np.shares_memory(gather([one]), cargo.values)
-    assert gather([one]).tolist() == [[3, 4, 5], [6, 7, 8]]
-    assert gather([other, one]).tolist() == [[9, 10, 11], [3, 4, 5], [6, 7, 8]]
+    values = values_of(Rows(1, lane, 1, 2, 0.0, 1.0, cargo))
+    assert isinstance(values, np.ndarray)
+    assert np.shares_memory(values, cargo.values)
+    assert values.tolist() == [[3, 4, 5], [6, 7, 8]]

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from server.embedded.sessions import SegmentSession
-from server.errors import SegmentLoadError
+from server.embedded.sessions import SegmentSession, open_session, prepare_device, probe_model
+from server.errors import DeviceError, SegmentLoadError
 from server.generation import Segment
 from server.repository import Repository
 from tests.support.repository import DIGITS, RepositoryBuilder, random_images
@@ -87,3 +87,37 @@ except SettingsError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "engine.threads: found 2" in done.stdout
+
+
+def test_a_device_that_onnx_runtime_cannot_use_is_refused_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is missing, a driver or a library: ONNX Runtime would compute on the CPU without a word."""
+    if "CUDAExecutionProvider" in opened_providers("cuda"):
+        pytest.skip("this machine can use cuda")
+    with pytest.raises(
+        DeviceError, match=r"device 'cuda': found .*, expected CUDAExecutionProvider; install 'munet\[server,cuda\]'"
+    ):
+        prepare_device("cuda")
+    # Standard output belongs to the line that says where the server is.
+    assert capsys.readouterr().out == ""
+
+
+def opened_providers(device: str) -> list[str]:
+    try:
+        return list(open_session(probe_model(), device).get_providers())
+    except Exception:
+        return []
+
+
+def test_a_segment_that_did_not_get_its_device_is_refused(segment: Segment) -> None:
+    if "CUDAExecutionProvider" in opened_providers("cuda"):
+        pytest.skip("this machine can use cuda")
+    with pytest.raises(SegmentLoadError, match="CUDAExecutionProvider"):
+        SegmentSession(segment, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_ready_and_holds_its_segments(segment: Segment) -> None:
+    prepare_device("cuda")
+    assert SegmentSession(segment, "cuda").session.get_providers()[0] == "CUDAExecutionProvider"
+    options = SegmentSession(segment, "cuda").session.get_provider_options()["CUDAExecutionProvider"]
+    assert options["use_tf32"] == "0"
