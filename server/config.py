@@ -74,7 +74,9 @@ class EngineSettings(_Settings):
         threads: threads that compute one batch, all batches' in one ONNX Runtime pool; 0 means one for each CPU this process may use.
             More than one answers a single large image sooner, but costs throughput, and the pool's threads wait in busy loops.
         workers: batches that run at the same time; 0 means as many as the CPUs this process may use have room for.
-        max_batch_rows: greatest batch, beside each segment's own limit. On CPUs larger batches are slower, not faster.
+        max_batch_rows: greatest batch, beside each segment's own limit.
+        max_batch_bytes: greatest batch by the size of what goes into the segment; one row always goes. On CPUs a batch whose hidden states
+            leave the cache of a core costs more time for each image, not less.
         max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused.
         patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
     """
@@ -83,6 +85,7 @@ class EngineSettings(_Settings):
     threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 1
     workers: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
     max_batch_rows: pydantic.PositiveInt = 16
+    max_batch_bytes: pydantic.PositiveInt = 512 * 1024
     max_waiting_rows: pydantic.PositiveInt = 65536
     patience_seconds: pydantic.PositiveFloat = 10.0
 
@@ -95,6 +98,10 @@ class EngineSettings(_Settings):
     def num_workers(self) -> int:
         """`workers`, with 0 resolved."""
         return self.workers or max(1, num_usable_cpus() // self.num_threads)
+
+    def max_rows(self, row_bytes: int) -> int:
+        """Returns how many rows of so many bytes may go into one batch: 1 or more."""
+        return max(1, min(self.max_batch_rows, self.max_batch_bytes // row_bytes))
 
 
 class ServerSettings(_Settings):
