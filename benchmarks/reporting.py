@@ -79,17 +79,15 @@ class Ratio:
 
 
 class Report:
-    """Prints lines as they come, and writes them to a file at the end.
+    """Prints lines as they come, and writes them to a file at the end. To be made before anything is measured: it notes the commit.
 
     Args:
         what: what was measured, the first part of the file's name.
-        model: which models, for the summary.
         arguments: as `add_arguments` made them.
     """
 
-    def __init__(self, what: str, model: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, what: str, arguments: argparse.Namespace) -> None:
         self._what = what
-        self._model = model
         self._results: pathlib.Path | None = arguments.results
         self._hardware: str = arguments.hardware or hardware()
         self._commit = commit()
@@ -113,9 +111,13 @@ class Report:
         described = f"{target} ({note})" if note else str(target)
         self._figures[name] = {"value": rounded(value), "target": described, "met": target.is_met(value)}
 
-    def finish(self) -> None:
-        """Prints the summary, and writes all lines to the folder of results if there is one."""
-        self.line(summary=self._figures, hardware=self._hardware, model=self._model, commit=self._commit)
+    def finish(self, model: str) -> None:
+        """Prints the summary, and writes all lines to the folder of results if there is one.
+
+        Args:
+            model: which models were measured.
+        """
+        self.line(summary=self._figures, hardware=self._hardware, model=model, commit=self._commit)
         if self._results is not None:
             month = dt.datetime.now(dt.UTC).strftime("%Y-%m")
             slug = re.sub(r"[^a-z0-9]+", "-", self._hardware.partition(",")[0].lower()).strip("-")

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,7 @@ def main() -> None:
     )
     add_arguments(parser)
     arguments = parser.parse_args()
+    report = Report("search", arguments)
     with tempfile.TemporaryDirectory(prefix="munet-search-") as name:
         folder = pathlib.Path(name)
         experiment = arguments.experiment or TOP / "demo" / "experiment.toml"
@@ -90,11 +92,9 @@ def main() -> None:
             experiment.write_text(SMOKE_EXPERIMENT)
         seconds = run(experiment, folder / "system", arguments.profile)
         system = System.open(folder / "system")
-        model = f"{system.root.num_blocks} blocks, {system.root.num_parameters:,} parameters, {experiment.name}"
-        report = Report("search", model, arguments)
         report_time(system, seconds, report)
         report_bytes(system, report)
-        report.finish()
+        report.finish(f"root of {system.root.num_blocks} blocks, {system.root.num_parameters:,} parameters; {experiment.name}")
 
 
 def run(experiment: pathlib.Path, folder: pathlib.Path, profile: pathlib.Path | None) -> float:
@@ -215,6 +215,7 @@ def report_bytes(system: System, report: Report) -> None:
             figure="Q6",
             task=name,
             bytes=sizes,
+            journal_bytes_deflated=sum(len(zlib.compress(file.read_bytes())) for file in files["journals"]),
             journal_bytes_per_child=round(sizes["journals"] / sum(spent_of(file).children for file in files["journals"])),
             checkpoint_bytes=checkpoint_bytes,
             ratio=rounded(ratios[-1]),

@@ -100,12 +100,12 @@ def main() -> None:
     arguments = parser.parse_args()
     effort = SMOKE if arguments.smoke else FULL
     model = "tiny random weights" if effort.smoke else "ViT-S/16 (S1), ViT-Ti/16 (S4, S5) at 224 px, random weights, float32"
-    report = Report("serve", model, arguments)
+    report = Report("serve", arguments)
     with tempfile.TemporaryDirectory(prefix="munet-serve-") as folder:
         published = in_fresh_process(publish, pathlib.Path(folder), effort, arguments.only)
         for name in arguments.only:
             MEASUREMENTS[name].measure(published[name], effort, report)
-    report.finish()
+    report.finish(model)
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
