@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format proto clean
+.PHONY: help demo test check bench-serve bench-search format proto clean
 
 help: ## List what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The environment is made once, and again when the dependencies change. Its log stays beside it and is shown only if it fails.
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +32,12 @@ check: $(READY) ## Format, lint, types, import contracts, generated code
 	@$(BIN)/lint-imports --no-cache > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
 	@$(BIN)/python proto/generate.py --check
 	@echo "format, lint, types, imports and generated code are in order"
+
+bench-serve: $(READY) ## Measure S1, S4 and S5: routes in pieces beside whole models (8 minutes)
+	@$(BIN)/python -m benchmarks.serve --results benchmarks/results
+
+bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training, in bytes and seconds (5 minutes)
+	@$(BIN)/python -m benchmarks.search --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .

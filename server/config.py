@@ -19,6 +19,9 @@ MIB = 1024 * 1024
 MAX_THREADS = 512
 """More than any one machine computes on, and few enough for every machine to start."""
 
+CACHE_BYTES = 512 * 1024
+"""What a core of a CPU has for itself in its second-level cache, or near enough: docs/decisions/0007."""
+
 
 def check_address(address: str) -> str:
     """Returns the address if it is HOST:PORT, with port 0 for any free one.
@@ -76,7 +79,9 @@ class EngineSettings(_Settings):
             More than one answers a single large image sooner, but costs throughput, and the pool's threads wait in busy loops.
         workers: batches that run at the same time; 0 means as many as the CPUs this process may use have room for, or two on a GPU,
             one of which is put together while the other computes.
-        max_batch_rows: greatest batch, beside each segment's own limit. On CPUs larger batches are slower, not faster.
+        max_batch_rows: greatest batch, beside each segment's own limit.
+        max_batch_bytes: greatest batch by the size of what goes into the segment; one row always goes. 0 means 512 KiB on a CPU, where a
+            batch whose hidden states leave the cache of a core costs more time for each image, not less, and no such bound on a GPU.
         max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused.
         patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
     """
@@ -85,6 +90,7 @@ class EngineSettings(_Settings):
     threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 1
     workers: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
     max_batch_rows: pydantic.PositiveInt = 16
+    max_batch_bytes: pydantic.NonNegativeInt = 0
     max_waiting_rows: pydantic.PositiveInt = 65536
     patience_seconds: pydantic.PositiveFloat = 10.0
 
@@ -97,6 +103,11 @@ class EngineSettings(_Settings):
     def num_workers(self) -> int:
         """`workers`, with 0 resolved."""
         return self.workers or (2 if self.device == "cuda" else max(1, num_usable_cpus() // self.num_threads))
+
+    def max_rows(self, row_bytes: int) -> int:
+        """Returns how many rows of so many bytes may go into one batch: 1 or more."""
+        bound = self.max_batch_bytes or (CACHE_BYTES if self.device == "cpu" else 0)
+        return max(1, min(self.max_batch_rows, bound // row_bytes)) if bound else self.max_batch_rows
 
 
 class ServerSettings(_Settings):

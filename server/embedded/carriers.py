@@ -61,6 +61,11 @@ class DeviceRows:
     first: int = 0
 
     @property
+    def nbytes(self) -> int:
+        """Their size, in bytes, as numpy's arrays give theirs."""
+        return self.data_type.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    @property
     def address(self) -> int:
         """Where the first row begins, on the device."""
         row_bytes = self.data_type.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))

@@ -184,7 +184,7 @@ class EmbeddedEngine:
 
     def _enqueue(self, opened: OpenQuestion, branch: Branch, values: Values, first_image: int) -> None:
         segment = opened.loaded.generation.segments[branch.segment]
-        max_rows = min(segment.max_batch_size, self._settings.max_batch_rows)
+        max_rows = min(segment.max_batch_size, self._settings.max_rows(values.nbytes // len(values)))
         deadline_seconds = opened.question.deadline_seconds
         self._scheduler.add(
             Rows(

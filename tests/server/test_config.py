@@ -69,3 +69,11 @@ def test_a_missing_file(tmp_path: pathlib.Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(pydantic.ValidationError):
         Limits().max_images = 3  # type: ignore[misc]
+
+
+def test_a_batch_is_bounded_by_a_cores_cache_on_a_cpu_alone() -> None:
+    assert EngineSettings().max_rows(150 * 1024) == 3
+    assert EngineSettings().max_rows(10**9) == 1
+    assert EngineSettings().max_rows(1) == EngineSettings().max_batch_rows
+    assert EngineSettings(device="cuda").max_rows(10**9) == EngineSettings().max_batch_rows
+    assert EngineSettings(device="cuda", max_batch_bytes=1000).max_rows(300) == 3

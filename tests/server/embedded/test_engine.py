@@ -60,6 +60,23 @@ def test_several_workers_answer_the_same(generation: Generation) -> None:
     engine.close()
 
 
+def test_batches_are_bounded_by_rows_and_by_bytes(generation: Generation) -> None:
+    image_bytes = 8 * 8 * 3
+    for bounds, batches in (
+        ({"max_batch_rows": 4}, 4),
+        ({"max_batch_bytes": 5 * image_bytes + 1}, 4),
+        ({"max_batch_bytes": 4 * image_bytes - 1}, 6),
+        ({"max_batch_rows": 2, "max_batch_bytes": 5 * image_bytes}, 8),
+        ({"max_batch_bytes": 1}, 16),
+    ):
+        engine = EmbeddedEngine(ENGINE.model_copy(update=bounds))
+        engine.load(generation)
+        engine.answer(Question(generation, random_images(16, 8), ("digits",))).result()
+        first = generation.tasks["digits"].route[0]
+        assert {row.name: row.executions for row in engine.statistics()}[first] == batches
+        engine.close()
+
+
 def test_nothing_of_a_question_is_kept(generation: Generation) -> None:
     engine = EmbeddedEngine(ENGINE)
     engine.load(generation)

@@ -1,0 +1,99 @@
+"""Every benchmark runs from end to end, tiny, and ends with the line that sums it up."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks.reporting import Ratio, Target
+from tests.support.processes import TOP, environment
+
+TIMEOUT_SECONDS = 900
+"""Half a minute is enough on a machine of one's own."""
+
+
+def smoke(what: str, results: pathlib.Path) -> list[dict[str, Any]]:
+    """Runs a benchmark and returns its lines."""
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.{what}",
+        "--smoke",
+        "--results",
+        str(results),
+        "--hardware",
+        "Some 1 CPU, small",
+    ]
+    done = subprocess.run(
+        command, cwd=TOP, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = results.iterdir()
+    assert re.fullmatch(rf"{what}_some-1-cpu_\d{{4}}-\d\d\.jsonl", written.name)
+    assert written.read_text() == done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def figures_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    summary = lines[-1]
+    assert summary.keys() == {"summary", "hardware", "model", "commit"}
+    assert summary["hardware"] == "Some 1 CPU, small"
+    for figure in summary["summary"].values():
+        assert figure.keys() == {"value", "target", "met"}
+        relation, bound = figure["target"].split()[:2]
+        assert figure["met"] == Target(relation, float(bound)).is_met(figure["value"])
+    assert {line["figure"] for line in lines[:-1]} == summary["summary"].keys()
+    return summary["summary"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_serve(tmp_path):
+    lines = smoke("serve", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"S1", "S4", "S5"}
+    assert all(0 < figure["value"] < math.inf for figure in figures.values())
+    first = next(line for line in lines if line["figure"] == "S1")
+    # Two tasks, two of three blocks shared: less than the whole forward pass is saved.
+    assert 2 / 3 < first["shared"] < 1
+    assert first["bound"] == pytest.approx(2 / (first["shared"] + 2 * (1 - first["shared"])), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_search(tmp_path):
+    lines = smoke("search", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"Q6", "Q7"}
+    assert 0 < figures["Q7"]["value"] < 1
+    every = next(line for line in lines if line.get("journal") == "all")
+    parts = every["seconds_per_child"]
+    assert every["children"] == 8
+    assert sum(parts.values()) * 8 == pytest.approx(every["wall_seconds"], rel=1e-2)
+    for line in lines:
+        if "task" in line:
+            # It is beyond its own parameters: a journal and a record are there too, and a file has a header.
+            assert line["bytes"]["journals"] > 0
+            assert 0 < line["own_parameters_share"] < line["ratio"] < 1
+
+
+def test_a_target_says_whether_it_is_met():
+    assert Target(">=", 0.85).is_met(0.85)
+    assert not Target(">=", 0.85).is_met(0.84)
+    assert not Target("<=", 1.05).is_met(1.06)
+    assert not Target("<=", 1.05).is_met(math.nan)
+    assert str(Target("<=", 1.05)) == "<= 1.05"
+
+
+def test_a_ratio_is_taken_within_each_repetition():
+    # A burst of other work slows both sides of the second repetition, and moves nothing.
+    ratio = Ratio([1.0, 10.0, 1.2], [2.0, 20.0, 2.0])
+    assert ratio.median == 0.5
+    assert ratio.spread(2.0) == {"median": 1.0, "quartiles": [1.0, 1.1], "range": [1.0, 1.2], "repetitions": 3}
