@@ -12,8 +12,8 @@ S4  ViT-Ti/16 at 224 px, a route in three pieces (cut after block 6 and before t
     left of it if the pieces are run by hand, without the engine.
 S5  ViT-Ti/16 at 224 px, that same route served by `munet-server serve` in a process of its own with default settings: images per second
     that 16 requests at a time of one JPEG each get through gRPC, against raw batches through ONNX Runtime by as many threads as the
-    server has workers, with the batch size that is fastest. The load's own CPU time counts against the server: it has the same CPUs.
-    The second line is the same with raw pixels instead of JPEG files.
+    server has workers, of the size that takes the least CPU time. The load's own CPU time counts against the server: it has the same
+    CPUs. The second line is the same with raw pixels instead of JPEG files.
 
 Weights are random: what is measured does not depend on them. Both sides are warmed up, then measured in turns, several times; figures are
 medians of the ratio within each repetition, lines hold their spread. Each measurement runs in a fresh process without torch. Prints JSON
@@ -308,8 +308,8 @@ def measure_s5(models: Published, effort: Effort, report: Report) -> None:
             requests_at_a_time=effort.requests,
             served_per_second=rounded(statistics.median(ratio.above)),
             raw_per_second=rounded(statistics.median(ratio.below)),
-            raw_batch_size=max(by_size, key=lambda size: by_size[size]),
-            raw_per_second_by_batch_size={str(size): rounded(rate) for size, rate in by_size.items()},
+            raw_batch_size=min(by_size, key=lambda size: by_size[size]),
+            raw_cpu_ms_by_batch_size={str(size): milliseconds([seconds]) for size, seconds in by_size.items()},
             cpu_ms_per_image={
                 "server": milliseconds([side.server_cpu for side in served]),
                 "load": milliseconds([side.own_cpu for side in served]),
@@ -339,12 +339,12 @@ Sides = tuple[list[Rate], list[Rate]]
 
 
 def time_server(models: Published, effort: Effort) -> tuple[dict[int, float], dict[str, Sides]]:
-    """Returns raw images per second by batch size, and both sides for each traffic."""
+    """Returns raw seconds of CPU time an image by batch size, and both sides for each traffic."""
     task = "route"
     whole = whole_model(models.whole[task], 1)
-    passes = [{size: raw_rate(whole, random_images(models, size), effort).per_second for size in BATCH_SIZES} for _ in range(2)]
-    by_size = {size: max(rates[size] for rates in passes) for size in BATCH_SIZES}
-    batch = random_images(models, max(by_size, key=lambda size: by_size[size]))
+    # By CPU time, which other work on the machine moves least: the fastest batches are what the server has to stand beside.
+    by_size = {size: min(raw_rate(whole, random_images(models, size), effort).own_cpu for _ in range(2)) for size in BATCH_SIZES}
+    batch = random_images(models, min(by_size, key=lambda size: by_size[size]))
     pixels = smooth_image(models.image_size)
     images: dict[str, Pixels | bytes] = {"jpeg": to_jpeg(pixels), "pixels": pixels}
     sides: dict[str, Sides] = {traffic: ([], []) for traffic in images}
@@ -394,47 +394,56 @@ async def served_rate(server: Server, task: str, image: Pixels | bytes, effort: 
 class Counter:
     """Counts what is done in some seconds, once everything is under way.
 
-    Between the first and the last completion that it counts, so that a batch that is half done at either end spoils nothing.
+    From one completion to the first that is so many seconds later: a batch that is half done at either end spoils nothing, and a machine
+    that stands still for a while makes the time longer instead of the count meaningless.
 
     Args:
-        seconds: how long it counts; half of that goes before.
+        seconds: how long it counts, at least; half of that goes before.
         server: whose CPU time counts too.
     """
 
     def __init__(self, seconds: float, server: Server | None = None) -> None:
+        self._seconds = seconds
         self._server = server
         self._begin = time.perf_counter() + seconds / 2
-        self._end = self._begin + seconds
         self._num = 0
         self._first: tuple[float, float, float] | None = None
-        self._last = (0.0, 0.0, 0.0)
+        self._last: tuple[float, float, float] | None = None
         self._lock = threading.Lock()
 
     @property
     def is_over(self) -> bool:
         """Whether nothing counts any more."""
-        return time.perf_counter() > self._end
+        return self._last is not None
 
     def count(self, num: int) -> None:
         """Counts what was done just now."""
         with self._lock:
             now = time.perf_counter()
-            # At least two completions count, however long they take.
-            if now < self._begin or (now > self._end and self._num):
+            if now < self._begin or self._last is not None:
                 return
-            self._last = (now, time.process_time(), self._server.cpu_seconds() if self._server is not None else 0.0)
             if self._first is None:
-                self._first = self._last
-            else:
-                self._num += num
+                self._first = self._moment(now)
+                return
+            self._num += num
+            if now >= self._first[0] + self._seconds:
+                self._last = self._moment(now)
 
     @property
     def rate(self) -> Rate:
-        """How fast that was."""
-        if self._first is None or not self._num:
-            raise RuntimeError("found less than two completions, expected more: the machine is too slow for so short a time")
+        """How fast that was, once it is over.
+
+        Raises:
+            RuntimeError: it is not over.
+        """
+        if self._first is None or self._last is None:
+            raise RuntimeError("found a measurement under way, expected one that is over")
         wall, own, server = (last - first for last, first in zip(self._last, self._first, strict=True))
         return Rate(self._num / wall, own / self._num, server / self._num)
+
+    def _moment(self, now: float) -> tuple[float, float, float]:
+        """Returns the time and the CPU time of this process and the server's."""
+        return now, time.process_time(), self._server.cpu_seconds() if self._server is not None else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
