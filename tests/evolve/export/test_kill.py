@@ -14,6 +14,8 @@ import pytest
 
 import evolve.export.publish
 from evolve.export.publish import export_system
+from evolve.layer import HEAD
+from evolve.path import Path
 from evolve.store import System
 from tests.evolve.export.whole import check_whole, read_generation
 from tests.support.system import TaskSketch, add_task, block_position, build_system
@@ -64,7 +66,11 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def _files_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are what matters here, and the machine stays up: neither numbers nor the disk's own memory need to be waited for."""
-    monkeypatch.setattr(evolve.export.publish, "reference_logits", lambda path, *_, **__: np.zeros((1, 3), dtype=np.float32))
+
+    def no_logits(path: Path, _: object, images: np.ndarray, **__: object) -> np.ndarray:
+        return np.zeros((len(images), path.layer(HEAD).spec.integer("classes")), dtype=np.float32)
+
+    monkeypatch.setattr(evolve.export.publish, "reference_logits", no_logits)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(evolve.export.publish._Publisher, "_check_routes", lambda *_: None)
 
