@@ -220,6 +220,10 @@ def _prepare(
 
     resolve_device(settings.training)
     system = _open_system(settings.root, folder)
+    # First, as it is quick and data may take hours.
+    root = _load_root(settings) if system is None else None
+    if system is not None:
+        check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), settings.defaults.image_size)
     records = system.tasks() if system is not None else {}
     pending = [task for task in chosen if task.name not in records or records[task.name].rounds < settings.search.rounds]
     datasets = []
@@ -236,9 +240,7 @@ def _prepare(
         )
         for warning in (*data.warnings, *doubts_about_quality(data)):
             typer.echo(f"warning: {task.name}: {warning}", err=True)
-    if system is None:
-        system = _create_system(settings, folder)
-    opened = system
+    opened = system or _create_system(settings.root, root, folder)
 
     def trainer_of(data: Any) -> Callable[[], Trainer]:
         from evolve.training.one_by_one import OneByOneTrainer
@@ -263,17 +265,21 @@ def _open_system(root: RootSettings, folder: pathlib.Path) -> System | None:
     return system
 
 
-def _create_system(settings: Experiment, folder: pathlib.Path) -> System:
+def _load_root(settings: Experiment) -> Any:
     from evolve.root import load_root
 
     root = load_root(settings.root)
     patch_embed, _ = root.layers[PATCH_EMBED]
     check_image_size(patch_embed.integer("patch_size"), settings.defaults.image_size)
+    return root
+
+
+def _create_system(settings: RootSettings, root: Any, folder: pathlib.Path) -> System:
     try:
-        return System.create(folder, root.layers, root.image_size, _describe_root(settings.root))
+        return System.create(folder, root.layers, root.image_size, _describe_root(settings))
     except SystemFolderError:
         # Another process may have made one while this one loaded its data.
-        made = _open_system(settings.root, folder)
+        made = _open_system(settings, folder)
         if made is None:
             raise
         return made

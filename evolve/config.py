@@ -15,6 +15,8 @@ from munet.settings import SettingFinding, findings, validate
 
 UnitInterval = Annotated[float, pydantic.Field(ge=0, le=1)]
 PositiveInt = Annotated[int, pydantic.Field(ge=1)]
+ImagesPerClass = Annotated[int, pydantic.Field(ge=1, le=10_000)]
+"""Of what is rendered into memory."""
 Threads = Annotated[int, pydantic.Field(ge=1, le=512)]
 """More than any one machine computes on, and few enough for every machine to start."""
 
@@ -55,8 +57,8 @@ class RootSettings(Settings):
 class DefaultSettings(Settings):
     """Hyperparameters that children of the root start from; see evolve.hyperparameters for each."""
 
-    adapter_width: PositiveInt = 32
-    learning_rate: Annotated[float, pydantic.Field(gt=0)] = 0.01
+    adapter_width: Annotated[int, pydantic.Field(ge=1, le=4096)] = 32
+    learning_rate: Annotated[float, pydantic.Field(gt=0, le=1000)] = 0.01
     schedule: Schedule = "cosine"
     warmup_ratio: UnitInterval = 0.1
     momentum: Annotated[float, pydantic.Field(ge=0, lt=1)] | Literal["none"] = 0.9
@@ -93,7 +95,7 @@ class SearchSettings(Settings):
 
     rounds: PositiveInt = 2
     children_per_task: PositiveInt = 64
-    generation_size: PositiveInt = 8
+    generation_size: Annotated[int, pydantic.Field(ge=1, le=4096)] = 8
     mutation_rate: UnitInterval = 0.1
     auto_tune: bool = False
     mutate_blocks: bool = True
@@ -124,8 +126,8 @@ class TrainingSettings(Settings):
         threads: CPU threads a child trains with; part of the result.
     """
 
-    batch_size: PositiveInt = 256
-    intervals: PositiveInt = 5
+    batch_size: Annotated[int, pydantic.Field(ge=1, le=65536)] = 256
+    intervals: Annotated[int, pydantic.Field(ge=1, le=10_000)] = 5
     batches_per_interval: PositiveInt = 200
     validation_batches: PositiveInt = 10
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -248,9 +250,9 @@ class CharactersTask(AnyTask):
 
     source: Literal["characters"]
     script: str
-    train_per_class: PositiveInt = 40
-    validation_per_class: PositiveInt = 10
-    test_per_class: PositiveInt = 20
+    train_per_class: ImagesPerClass = 40
+    validation_per_class: ImagesPerClass = 10
+    test_per_class: ImagesPerClass = 20
     distortion: Annotated[float, pydantic.Field(ge=0, le=3)] = 1.0
     render_seed: int = 0
     max_classes: Annotated[int, pydantic.Field(ge=2)] | None = None
@@ -304,7 +306,7 @@ def load_settings(file: pathlib.Path, kind: type[SettingsKind]) -> SettingsKind:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"could not read {file} ({error.strerror})", "a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"found no TOML in {file} ({error})", "a TOML file", "mend that line") from error
     try:
         return validate(kind, _anchor(values, file.parent))

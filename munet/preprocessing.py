@@ -9,16 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 VERSION = 1
 """Version of what this module computes."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """Image formats that are decoded, as Pillow names them."""
+
+_DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError, TypeError, OverflowError)
+"""What Pillow's decoders raise for damaged files."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation. (Pillow's exif_transpose also writes the metadata anew, which fails for some.)"""
 
 Pixels = npt.NDArray[np.uint8]
 """[height, width, 3] uint8, RGB."""
@@ -73,7 +90,8 @@ def decode(encoded: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Pixels:
                     f"found {image.width} x {image.height} pixels, expected at most {limits.max_pixels} in all; send a smaller image"
                 )
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            turn = _UPRIGHT.get(_orientation(image))
+            return _to_rgb(image if turn is None else image.transpose(turn))
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -82,8 +100,7 @@ def decode(encoded: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Pixels:
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{error}; expected at most {limits.max_pixels} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        # What Pillow's decoders raise for damaged files.
+    except (*_DAMAGE, MemoryError) as error:
         raise ImageError(f"found a damaged image ({error}), expected a whole {_or(limits.formats)} file") from error
 
 
@@ -148,6 +165,15 @@ def resize(pixels: Pixels, size: int) -> Pixels:
     if pixels.shape[:2] == (size, size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Returns what EXIF says of how the camera was held; None if it says nothing, or nothing that can be read."""
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    except _DAMAGE:
+        # Metadata never decide whether an image can be used.
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Pixels:

@@ -45,7 +45,9 @@ app = typer.Typer(
 )
 
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, or cuda, which needs munet[cuda] and an NVIDIA GPU. [default: cpu]")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, or cuda, which needs an NVIDIA GPU and the extra 'cuda'.", show_default="cpu")
+]
 TimeoutOption = Annotated[float, typer.Option("--timeout", help="Deadline of each call, in seconds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -25,7 +25,7 @@ class Question:
         images: [images, size, size, 3] uint8, RGB; at least one; not changed while the question is open.
         tasks: names of tasks of the generation, each once, all of them taking images of this size; at least one.
         deadline_seconds: when the answer is of no more use, on the clock of `time.monotonic`; none means never.
-        counted: whether its rows count in the statistics. Rehearsals of a new generation do not.
+        counted: whether its rows count in the statistics and towards the bound of waiting work. Rehearsals of a new generation do not.
     """
 
     generation: Generation

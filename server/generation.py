@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 
@@ -26,6 +27,11 @@ class TensorSpec:
     name: str
     data_type: str
     shape: tuple[int, ...]
+
+    @property
+    def known_bytes(self) -> int:
+        """Size of a row, in bytes; 0 if a size is open."""
+        return 0 if ANY in self.shape else np.dtype(self.data_type).itemsize * math.prod(self.shape)
 
     def accepts(self, other: TensorSpec) -> bool:
         """Whether a tensor of the other kind may be fed where this one is expected."""

@@ -11,7 +11,9 @@ Nothing is unpickled: that would run whatever the file says. All images are held
 
 from __future__ import annotations
 
+import lzma
 import pathlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,6 +29,22 @@ from evolve.data.splits import fill_missing, limited, subset
 from evolve.data.task import ImageSet, TaskData
 from evolve.errors import DataError
 from munet.preprocessing import ImageError, to_rgb
+
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What zipfile and numpy raise for damaged archives and headers; numpy reads a header as Python."""
 
 _PREFIXES = {"": "train", **{f"{name}_": split for name, split in SPLIT_NAMES.items()}}
 _Labels = npt.NDArray[np.int64] | list[str]
@@ -86,9 +104,12 @@ def _open(file: pathlib.Path) -> tuple[dict[str, npt.NDArray[Any]], tuple[str, .
             arrays = {}
             for name in known.intersection(archive.files):
                 arrays[name] = archive[name]
+                # numpy hands over the bytes of what does not begin as an array.
+                if not isinstance(arrays[name], np.ndarray):
+                    raise TypeError("no array as numpy writes them")
     except OSError as error:
         raise DataError(f"could not read {file} ({error.strerror or error})", "a .npz file", "set file of the task") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGED as error:
         where = f"array {name!r} of {file}" if name else str(file)
         if "pickle" in str(error):
             raise DataError(

@@ -7,9 +7,10 @@
         lock                      held by the process that adds images
 
 Both files only grow, and a record is written once its pixels are safe on disk: whatever kills the building process, what the index
-lists is whole, and the next process goes on from there. A file whose size or time of change differs from its record is read again, and
-keeps its pixels if its content is the same. Pixels are hashed each time they are read. What is no longer needed stays until somebody
-deletes the folder, which is always safe while nothing runs.
+lists is whole, and the next process goes on from there. A file whose size or times of change differ from its record is read again, and
+keeps its pixels if its content is the same. (The times are those of its content and of its entry, which a rename moves: files of equal size
+and date may take each other's place.) Pixels are hashed each time they are read. What is no longer needed stays until somebody deletes
+the folder, which is always safe while nothing runs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ RECORD = np.dtype(
         ("width", "<i4"),
         ("content", "V32"),  # SHA-256 of the file
         ("hash", "V32"),  # task.hash_of the pixels
-        ("spare", "V12"),
+        ("ctime_ns", "<i8"),
+        ("spare", "V4"),
         ("check", "<u4"),  # CRC-32 of all before
     ]
 )
@@ -120,7 +122,8 @@ class CacheReader:
         except OSError:
             return False
         record = self._records[row]
-        if (int(record["size"]), int(record["mtime_ns"])) != (status.st_size, status.st_mtime_ns):
+        known = (int(record["size"]), int(record["mtime_ns"]), int(record["ctime_ns"]))
+        if known != (status.st_size, status.st_mtime_ns, status.st_ctime_ns):
             return False
         self._rows[name] = row
         return True
@@ -197,7 +200,8 @@ class _Writer:
         """
         known = self._by_content.get(image.content)
         record = np.zeros((), dtype=RECORD) if known is None else known.copy()
-        record["name"], record["size"], record["mtime_ns"] = _key(name), image.size, image.mtime_ns
+        record["name"], record["size"] = _key(name), image.size
+        record["mtime_ns"], record["ctime_ns"] = image.mtime_ns, image.ctime_ns
         if known is None:
             record["offset"] = self._end
             record["height"], record["width"] = image.pixels.shape[:2]

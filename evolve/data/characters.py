@@ -93,7 +93,15 @@ def load_characters(task: CharactersTask, progress: Callable[[int, int], None] |
         names = [f"{letter.script} {letter.label} {split} {index}" for letter in letters for index in range(count)]
         splits[split] = ImageSet([to_rgb(image) for image in grey], labels, names)
         done += len(labels)
-    return TaskData(task.name, tuple(letter.label for letter in letters), splits["train"], splits["validation"], splits["test"])
+    names_of_classes = tuple(letter.label for letter in letters)
+    return TaskData(task.name, names_of_classes, splits["train"], splits["validation"], splits["test"], _warnings(task, letters))
+
+
+def _warnings(task: CharactersTask, letters: Sequence[Letter]) -> tuple[str, ...]:
+    without = sum(not held_out_fonts(letter) for letter in letters) if task.held_out_fonts else 0
+    if not without:
+        return ()
+    return (f"{without} of {len(letters)} letters have too few fonts to keep any back: their test images show fonts of training",)
 
 
 def _with_fonts_of(letter: Letter, split: str) -> Letter:

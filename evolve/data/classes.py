@@ -45,8 +45,14 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
     """Returns distinct names in the order of their characters; by value if all are whole numbers."""
     distinct = set(names)
     if all(name.isascii() and name.isdigit() for name in distinct):
-        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+        return tuple(sorted(distinct, key=_value))
     return tuple(sorted(distinct))
+
+
+def _value(digits: str) -> tuple[int, str, str]:
+    """Returns what orders whole numbers by value, however long: int refuses thousands of digits."""
+    significant = digits.lstrip("0")
+    return len(significant), significant, digits
 
 
 def unknown_class(name: str, where: str, classes: Sequence[str]) -> DataError:
@@ -68,3 +74,7 @@ def _lines(file: pathlib.Path) -> list[str]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"found a class list {file} that is not UTF-8 ({error})", "a UTF-8 text file") from error
+    except ValueError as error:
+        raise DataError(
+            f"found {str(file)!r} as the class list, which is no path ({error})", "the path of a text file"
+        ) from error

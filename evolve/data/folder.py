@@ -9,15 +9,17 @@
 - The setting `classes` fixes the classes and their order; a folder of another name is an error then.
 - Images are told by the ending of their name. Hidden files and files with other endings are passed over; an image that cannot be
   read, or whose format is none of munet's, is an error that names it. Names are UTF-8.
+- Links to folders are followed, but one from a class into another class is an error: its images would have two labels.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import pathlib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -63,8 +65,8 @@ def load_folder(task: FolderTask, progress: Callable[[int, int], None] | None = 
 
     Raises:
         DataError: no such folder; no classes; a class without images; a class in validation or test that train does not have; two
-            classes or files of one name; a class that is not declared; an image that belongs to no class, or cannot be read; a name
-            that is not UTF-8; a cache that cannot be used.
+            classes or files of one name; a class that is not declared; a link from a class into another; an image that belongs to no
+            class, or cannot be read; a name that is not UTF-8; a cache that cannot be used.
     """
     folder = task.folder
     if not folder.is_dir():
@@ -90,7 +92,8 @@ def _find(folder: pathlib.Path, declared: tuple[str, ...] | None) -> tuple[tuple
                 "add training images of it, or take it away",
             )
     labels = tuple(classes["train"]) if declared is None else declared
-    return labels, {split: _list_split(folder, split_folders[split], found, labels) for split, found in classes.items()}
+    owners = _Owners((path.resolve(), name) for found in classes.values() for name, path in found.items())
+    return labels, {split: _list_split(folder, split_folders[split], found, labels, owners) for split, found in classes.items()}
 
 
 def _class_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -140,11 +143,54 @@ def _split_folders(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> di
     return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 
-def _list_split(root: pathlib.Path, folder: pathlib.Path, classes: dict[str, pathlib.Path], labels: tuple[str, ...]) -> Files:
+class _Owners:
+    """The folders of all classes in all splits: tells which links lead from one into another."""
+
+    def __init__(self, folders: Iterable[tuple[pathlib.Path, str]]) -> None:
+        """Takes where each folder really lies, and the name of its class."""
+        self._at: dict[pathlib.Path, list[tuple[pathlib.Path, str]]] = {}
+        self._below: dict[pathlib.Path, list[tuple[pathlib.Path, str]]] = {}
+        for folder in folders:
+            self._at.setdefault(folder[0], []).append(folder)
+            for above in (folder[0], *folder[0].parents):
+                self._below.setdefault(above, []).append(folder)
+
+    def check(self, link: pathlib.Path, target: pathlib.Path, own: tuple[pathlib.Path, str]) -> None:
+        """Checks a link.
+
+        Args:
+            link: where it is.
+            target: where it really leads.
+            own: the class folder that it is in.
+
+        Raises:
+            DataError: it leads to images of another class folder.
+        """
+        near = itertools.chain(self._below.get(target, ()), *(self._at.get(above, ()) for above in target.parents))
+        other = next((folder for folder in near if folder != own), None)
+        if other is not None:
+            raise DataError(
+                f"found link {link} to {target}, which is, holds or lies in another class folder, {other[0]}",
+                "each image in one class folder",
+                "take the link away",
+            )
+
+
+def _list_split(
+    root: pathlib.Path,
+    folder: pathlib.Path,
+    classes: dict[str, pathlib.Path],
+    labels: tuple[str, ...],
+    owners: _Owners,
+) -> Files:
     paths: list[pathlib.Path] = []
     numbers: list[int] = []
     for name, path in sorted(classes.items(), key=lambda item: labels.index(item[0])):
-        found = list(_images_below(path))
+        # A class may be a link itself, and the folders of one class in two splits the same one: load.oddities counts what they share.
+        own = (path.resolve(), name)
+        if path.is_symlink():
+            owners.check(path, own[0], own)
+        found = list(_images_below(path, own[:1], own, owners))
         if not found:
             raise DataError(
                 f"found no images of class {name!r} in {path}",
@@ -162,13 +208,30 @@ def _list_split(root: pathlib.Path, folder: pathlib.Path, classes: dict[str, pat
     return Files(paths, names, np.array(numbers, dtype=np.int64), [str(path) for path in paths])
 
 
-def _images_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the images in a folder and below, sorted by name within each folder."""
+def _images_below(
+    folder: pathlib.Path, way: tuple[pathlib.Path, ...], own: tuple[pathlib.Path, str], owners: _Owners
+) -> Iterator[pathlib.Path]:
+    """Yields the images in a folder and below, sorted by name within each folder.
+
+    Args:
+        folder: where to look.
+        way: where the folder and those that led to it really lie, from the class folder on.
+        own: where the class folder really lies, and the name of the class.
+        owners: all class folders.
+
+    Raises:
+        DataError: a link into a folder of another class; see `load_folder`.
+    """
     for entry in sorted(_visible(folder), key=lambda path: unicodedata.normalize("NFC", path.name)):
         if entry.is_dir():
-            # A link to a folder above would never end.
-            if not entry.is_symlink() or not folder.resolve().is_relative_to(entry.resolve()):
-                yield from _images_below(entry)
+            here = way[-1] / entry.name
+            if entry.is_symlink():
+                here = entry.resolve()
+                owners.check(entry, here, own)
+                # A link to a folder above, or to one that led here over other links, would never end.
+                if any(above.is_relative_to(here) for above in way):
+                    continue
+            yield from _images_below(entry, (*way, here), own, owners)
         elif _is_image(entry):
             yield entry
 

@@ -26,8 +26,8 @@ def load_listed(
         labels: names of the classes.
         files: of `train`, and of the splits that the source gives.
         unreadable: of this source; may have noted files already.
-        progress: is told after each file how many are done, and of how many; those of a training set to be divided count twice, as
-            they are read twice.
+        progress: is told after each file how many are done, and of how many; those of a training set to be divided, or of which only
+            readable images count towards a limit, count twice, as they are read twice.
 
     Raises:
         DataError: too few images to fill a missing split; a file that cannot be read; a cache that cannot be used.
@@ -36,19 +36,22 @@ def load_listed(
     train = files["train"]
     warnings: tuple[str, ...] = ()
     missing = [split for split in ("test", "validation") if split not in files]
-    steps = _Steps(progress, len(train) * bool(missing) + sum(len(split) for split in files.values()))
+    # What is left out must not take the place of an image that is there.
+    look_first = bool(missing) or (unreadable.skip and task.limit_per_class is not None)
+    steps = _Steps(progress, len(train) * look_first + sum(len(split) for split in files.values()))
     reader: Reader = (
         MemoryReader(unreadable, steps.tell)
         if task.cache is None
         else CacheReader(task.cache, image_folder(task), unreadable, steps.tell)
     )
-    if missing:
+    if look_first:
         contents = reader.contents(train)
-        readable = [index for index, content in enumerate(contents) if content is not None]
-        train = train.choose(readable)
+        train = train.choose([index for index, content in enumerate(contents) if content is not None])
+        files = {**files, "train": train}
+    if missing:
         known = [content for content in contents if content is not None]
         divided, warnings = fill_missing(train.labels, known, missing, described)
-        files = {**files, **{split: train.choose(indices) for split, indices in divided.splits.items()}}
+        files |= {split: train.choose(indices) for split, indices in divided.splits.items()}
     train = files["train"]
     files = {**files, "train": train.choose(limited(train.labels, train.names, task.limit_per_class))}
     steps.expect(sum(len(split) for split in files.values()))

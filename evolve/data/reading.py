@@ -6,9 +6,12 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import io
 import os
 import pathlib
+import stat
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -66,21 +69,27 @@ class Decoded:
         pixels: [height, width, 3] uint8.
         content: SHA-256 of the file, 32 bytes.
         size: of the file, in bytes.
-        mtime_ns: when the file was changed last, in nanoseconds.
+        mtime_ns: when the file's content was changed last, in nanoseconds.
+        ctime_ns: when anything about the file was changed last, its name included, in nanoseconds.
     """
 
     pixels: Pixels
     content: bytes
     size: int
     mtime_ns: int
+    ctime_ns: int
 
 
 class Unreadable:
-    """Collects the files of a source that cannot be read, or raises the first."""
+    """Collects the files of a source that cannot be read, or raises the first.
+
+    Attributes:
+        skip: whether such files are left out; otherwise the first is an error.
+    """
 
     def __init__(self, skip: bool) -> None:
         """Prepares to skip files, or not."""
-        self._skip = skip
+        self.skip = skip
         self._found: dict[str, str] = {}
 
     def add(self, name: str, error: DataError) -> None:
@@ -89,7 +98,7 @@ class Unreadable:
         Raises:
             DataError: the error itself, with the advice to skip such files, if they are not to be skipped.
         """
-        if not self._skip:
+        if not self.skip:
             advice = f"{error.advice}; skip_unreadable = true leaves such images out" if error.advice else ""
             raise DataError(error.found, error.expected, advice) from error
         self._found.setdefault(name, error.found)
@@ -106,7 +115,7 @@ class Reader(Protocol):
     """Reads files. What cannot be read goes to an Unreadable."""
 
     def contents(self, files: Files) -> list[bytes | None]:
-        """Returns the SHA-256 of each file, 32 bytes, or None where it could not be read.
+        """Returns the SHA-256 of each file, 32 bytes, or None where it is to be left out: it could not be read, or decoded.
 
         Raises:
             DataError: a file cannot be read and is not to be skipped, or the cache cannot be used.
@@ -131,8 +140,8 @@ class MemoryReader:
         self._tell = tell
 
     def contents(self, files: Files) -> list[bytes | None]:
-        """See Reader.contents."""
-        return list(self._all(hash_file, files))
+        """See Reader.contents. Where files may be left out, they are decoded to find out."""
+        return list(self._all(_content if self._unreadable.skip else hash_file, files))
 
     def read(self, files: Files) -> tuple[list[int], Sequence[Pixels]]:
         """See Reader.read."""
@@ -160,7 +169,7 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Generat
     Python's warnings are silent meanwhile: Pillow warns of much that decoding then survives.
     """
     waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-    # decode sets and resets the process-wide warning filters, which threads would do across each other: around them all, once.
+    # The filters are the whole process's: set around all threads, not in each.
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")
         try:
@@ -185,7 +194,7 @@ def read_file(file: tuple[pathlib.Path, str]) -> Decoded | DataError:
     """
     path, origin = file
     try:
-        with path.open("rb") as opened:
+        with _open(path) as opened:
             status = os.fstat(opened.fileno())
             if status.st_size > LIMITS.max_bytes:
                 raise ImageError(f"found {status.st_size} bytes, expected at most {LIMITS.max_bytes}")
@@ -195,17 +204,34 @@ def read_file(file: tuple[pathlib.Path, str]) -> Decoded | DataError:
         return _unreadable_file(origin, error)
     except ImageError as error:
         return DataError(f"could not read the image {origin}: {error}", "a whole image", "mend it, or take it away")
-    return Decoded(pixels, hashlib.sha256(encoded).digest(), status.st_size, status.st_mtime_ns)
+    return Decoded(pixels, hashlib.sha256(encoded).digest(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def hash_file(file: tuple[pathlib.Path, str]) -> bytes | DataError:
     """Returns the SHA-256 of a file's bytes, 32 bytes, or the error for a file that cannot be read; see `read_file`."""
     path, origin = file
     try:
-        with path.open("rb") as opened:
+        with _open(path) as opened:
             return hashlib.file_digest(opened, "sha256").digest()
     except OSError as error:
         return _unreadable_file(origin, error)
+
+
+def _content(file: tuple[pathlib.Path, str]) -> bytes | DataError:
+    """Returns what `hash_file` does, or the error for a file that cannot be decoded; see `read_file`."""
+    decoded = read_file(file)
+    return decoded if isinstance(decoded, DataError) else decoded.content
+
+
+def _open(path: pathlib.Path) -> io.BufferedReader:
+    """Opens a file.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or device, which could keep us waiting for ever.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "a pipe or device, no regular file")
+    return path.open("rb")
 
 
 def _unreadable_file(origin: str, error: OSError) -> DataError:

@@ -113,6 +113,8 @@ def _what_is(path: pathlib.Path) -> str | None:
     except OSError as error:
         # A text in the column of paths is too long for a path, for one.
         return "no file" if isinstance(error, FileNotFoundError) else f"no file ({error.strerror})"
+    except ValueError as error:
+        return f"no file ({error})"
     return "a folder, no file," if stat.S_ISDIR(mode) else None if stat.S_ISREG(mode) else "a device, no file,"
 
 
@@ -146,6 +148,15 @@ def _columns(task: CsvTask, names: list[str]) -> tuple[int, int, int | None]:
     """Returns where the columns of images, labels and splits are; None for the last if there is none."""
     twice = sorted({name for name in names if names.count(name) > 1})
     split = task.split_column if task.split_column is not None else "split"
+    if task.split_column is None and split not in names:
+        # Passing it over would train on test images.
+        for name in names:
+            if name.casefold() == split and name not in (task.image_column, task.label_column):
+                raise DataError(
+                    f"found column {name!r} in {task.file}",
+                    f"a split column to be called {split!r}, or set",
+                    f"set split_column = {name!r}; if it says something else, call it otherwise",
+                )
     wanted = [task.image_column, task.label_column] + [split] * (split in names or task.split_column is not None)
     for setting, name in zip(("image_column", "label_column", "split_column"), wanted, strict=False):
         if name in twice:
@@ -180,17 +191,12 @@ def _cells(task: CsvTask) -> Iterator[tuple[int, list[str]]]:
 
 
 def _text(task: CsvTask) -> str:
+    raw = _bytes(task)
     try:
-        codec = codecs.lookup(task.encoding)
-        raw = task.file.read_bytes()
         # A byte order mark is no part of the first column's name.
-        text = raw.decode("utf-8-sig" if codec.name == "utf-8" else codec.name)
+        text = raw.decode(_codec(task)).removeprefix("\ufeff")
     except LookupError as error:
-        raise DataError(
-            f"found encoding {task.encoding!r}", "an encoding that Python knows, such as 'utf-8' or 'cp1252'"
-        ) from error
-    except OSError as error:
-        raise DataError(f"could not read {task.file} ({error.strerror})", "a CSV file", "set file of the task") from error
+        raise _unknown_encoding(task) from error
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
@@ -198,9 +204,42 @@ def _text(task: CsvTask) -> str:
             "text in one encoding",
             "save it as UTF-8, or set encoding, such as 'cp1252'",
         ) from error
+    except UnicodeError as error:
+        # Some of Python's encodings do not say where.
+        raise DataError(
+            f"found bytes in {task.file} that are not {task.encoding} ({error})",
+            "text in one encoding",
+            "set encoding, such as 'utf-8'",
+        ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
             f"found a zero byte in line {line} of {task.file}", f"{task.encoding} text", "set encoding, such as 'utf-16'"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Encodings with escapes can spell what no path takes.
+        line = text.count("\n", 0, error.start) + 1
+        raise DataError(f"found half of a surrogate pair in line {line} of {task.file}", "whole characters") from error
     return text
+
+
+def _bytes(task: CsvTask) -> bytes:
+    try:
+        return task.file.read_bytes()
+    except OSError as error:
+        raise DataError(f"could not read {task.file} ({error.strerror})", "a CSV file", "set file of the task") from error
+    except ValueError as error:
+        raise DataError(f"found {str(task.file)!r}, which is no path ({error})", "a CSV file", "set file of the task") from error
+
+
+def _codec(task: CsvTask) -> str:
+    try:
+        return codecs.lookup(task.encoding).name
+    except (LookupError, ValueError) as error:
+        raise _unknown_encoding(task) from error
+
+
+def _unknown_encoding(task: CsvTask) -> DataError:
+    return DataError(f"found encoding {task.encoding!r}", "an encoding that Python knows, such as 'utf-8' or 'cp1252'")

@@ -25,7 +25,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
-from evolve.config import PositiveInt, Settings, Threads, TrainingSettings, UnitInterval
+from evolve.config import ImagesPerClass, PositiveInt, Settings, Threads, TrainingSettings, UnitInterval
 from evolve.data.characters import render_letters
 from evolve.data.letters import Letter, letters_of
 from evolve.errors import SettingsError
@@ -67,8 +67,8 @@ class PretrainingSettings(Settings):
 
     seed: Annotated[int, pydantic.Field(ge=0, le=2**32 - 1)] = 0
     scripts: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
-    train_per_class: PositiveInt = 100
-    validation_per_class: PositiveInt = 5
+    train_per_class: ImagesPerClass = 100
+    validation_per_class: ImagesPerClass = 5
     distortion: Annotated[float, pydantic.Field(ge=0, le=3)] = 1.0
     image_size: Annotated[int, pydantic.Field(ge=8, le=512)] = 32
     patch_size: PositiveInt = 16

@@ -114,6 +114,10 @@ class Carrier(Protocol):
         """Returns what has crossed between host and device."""
         ...
 
+    def close(self) -> None:
+        """Frees what it holds; nothing runs any more."""
+        ...
+
 
 class HostCarrier:
     """Numpy arrays, which ONNX Runtime's CPU provider reads where they are."""
@@ -129,6 +133,9 @@ class HostCarrier:
         """Returns zeros: nothing ever leaves the host."""
         return Transfers()
 
+    def close(self) -> None:
+        """Does nothing: it holds nothing."""
+
 
 class DeviceCarrier:
     """OrtValues on a device, bound to sessions by address.
@@ -142,6 +149,7 @@ class DeviceCarrier:
     def __init__(self, device: str) -> None:
         self.device = device
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
         self._transfers = Transfers()
         self._concatenations: dict[tuple[int, np.dtype[Any], int], Any] = {}
 
@@ -157,6 +165,11 @@ class DeviceCarrier:
         with self._lock:
             return self._transfers
 
+    def close(self) -> None:
+        """Frees the sessions that put rows together."""
+        with self._opening:
+            self._concatenations.clear()
+
     def _gather(self, pieces: Sequence[Values]) -> Values:
         arrays = [piece for piece in pieces if isinstance(piece, np.ndarray)]
         if len(arrays) == len(pieces):
@@ -170,7 +183,7 @@ class DeviceCarrier:
     def _concatenate(self, pieces: Sequence[Values]) -> Values:
         data_type = next(piece.data_type for piece in pieces if isinstance(piece, DeviceRows))
         key = (len(pieces), data_type, len(pieces[0].shape))
-        with self._lock:
+        with self._opening:
             session = self._concatenations.get(key)
             if session is None:
                 session = self._concatenations[key] = open_session(concatenation(*key), self.device)
@@ -179,12 +192,10 @@ class DeviceCarrier:
     def _run(self, session: Any, inputs: Mapping[str, Values], output: str, to_host: bool) -> Values:
         binding = session.io_binding()
         bytes_up = copies_up = 0
-        # Named until the run is over: a binding by address keeps nothing alive.
-        bound = []
         for name, rows in inputs.items():
             if isinstance(rows, DeviceRows):
+                # A binding by address keeps nothing alive: `inputs` does, until the run is over.
                 binding.bind_input(name, self.device, 0, rows.data_type.type, rows.shape, rows.address)
-                bound.append(rows)
             else:
                 array = np.ascontiguousarray(rows)
                 binding.bind_cpu_input(name, array)
@@ -194,6 +205,8 @@ class DeviceCarrier:
             binding.synchronize_inputs()
         binding.bind_output(output, "cpu" if to_host else self.device, 0)
         session.run_with_iobinding(binding)
+        # The answer keeps the binding, and that would keep the images that went up.
+        binding.clear_binding_inputs()
         value = binding.get_outputs()[0]
         answer: Values
         if to_host:
@@ -203,7 +216,6 @@ class DeviceCarrier:
         else:
             answer = DeviceRows(value, _ELEMENT_TYPES[value.data_type()], tuple(value.shape()))
             self._count(copies_up, bytes_up, 0, 0)
-        bound.clear()
         return answer
 
     def _count(self, copies_up: int, bytes_up: int, copies_down: int, bytes_down: int) -> None:

@@ -112,13 +112,16 @@ class EmbeddedEngine:
                 opened = self._admit(question)
             except ServerError as error:
                 failed: concurrent.futures.Future[Logits] = concurrent.futures.Future()
-                failed.set_exception(error)
+                # Its traceback would hold this frame, and so the future that holds it, and the images, until Python collects cycles.
+                failed.set_exception(error.with_traceback(None))
                 return failed
             for branch in opened.tree.roots:
                 self._enqueue(opened, branch, question.images, 0)
             self._work.notify()
-        opened.future.add_done_callback(lambda future: self._abandon(opened) if future.cancelled() else None)
-        return opened.future
+        # By its number, not itself: the future would hold what holds it.
+        number, future = opened.number, opened.future
+        future.add_done_callback(lambda future: self._abandon(number) if future.cancelled() else None)
+        return future
 
     def unload(self, generation: Generation) -> None:
         """Ends a generation. See `Engine.unload`."""
@@ -160,6 +163,7 @@ class EmbeddedEngine:
             self._loaded.clear()
             self._retiring.clear()
             self._free_unused()
+        self._carrier.close()
 
     def _admit(self, question: Question) -> OpenQuestion:
         now = self._clock()
@@ -174,8 +178,9 @@ class EmbeddedEngine:
         if question.deadline_seconds is not None:
             due_seconds = min(due_seconds, question.deadline_seconds)
         opened = OpenQuestion(next(self._numbers), question, loaded, due_seconds)
-        # A question larger than the bound is answered when nothing else is open: the front door's limits bound its size.
-        if self._num_planned and self._num_planned + opened.num_planned > self._settings.max_waiting_rows:
+        # A question larger than the bound is answered when nothing else is open: the front door's limits bound its size. Rehearsals, few
+        # and small, are always let in: a server that is busy must not refuse a good generation for that.
+        if question.counted and self._num_planned and self._num_planned + opened.num_planned > self._settings.max_waiting_rows:
             raise OverloadedError("rows of open questions", self._num_planned, self._settings.max_waiting_rows)
         self._open[opened.number] = opened
         self._num_planned += opened.num_planned
@@ -184,7 +189,8 @@ class EmbeddedEngine:
 
     def _enqueue(self, opened: OpenQuestion, branch: Branch, values: Values, first_image: int) -> None:
         segment = opened.loaded.generation.segments[branch.segment]
-        max_rows = min(segment.max_batch_size, self._settings.max_rows(values.nbytes // len(values)))
+        row_bytes = max(values.nbytes // len(values), segment.output.known_bytes)
+        max_rows = min(segment.max_batch_size, self._settings.max_rows(row_bytes))
         deadline_seconds = opened.question.deadline_seconds
         self._scheduler.add(
             Rows(
@@ -207,6 +213,10 @@ class EmbeddedEngine:
                     decision = self._scheduler.next_batch(self._clock())
                 if self._closed:
                     return
+                # Whoever takes a batch wakes one more worker while there is more to take. What a batch leads to is taken by who ran it,
+                # with the rows still in the cache of its core.
+                if self._scheduler.num_rows:
+                    self._work.notify()
                 settlements = [settle for number in decision.expired for settle in self._fail(number, DeadlineError())]
                 session = self._sessions[decision.batch[0].lane.segment] if decision.batch else None
             _settle(settlements)
@@ -242,8 +252,6 @@ class EmbeddedEngine:
             if counters is not None:
                 counters.count(decision.batch)
             settlements = list(self._distribute(session.segment.name, decision.batch, answer, sound))
-            if len(self._workers) > 1:
-                self._work.notify_all()
         _settle(settlements)
 
     def _fail_batch(self, decision: Decision[Cargo], error: SegmentRunError) -> None:
@@ -274,10 +282,11 @@ class EmbeddedEngine:
                     self._end(opened)
                     yield _completion(opened)
 
-    def _abandon(self, opened: OpenQuestion) -> None:
+    def _abandon(self, number: int) -> None:
         """Forgets a question that its caller cancelled."""
         with self._lock:
-            if opened.number in self._open:
+            opened = self._open.get(number)
+            if opened is not None:
                 self._end(opened)
 
     def _fail(self, number: int, error: ServerError) -> list[Settlement]:

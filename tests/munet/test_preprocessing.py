@@ -88,6 +88,23 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_array_equal(decode(encoded)[:, :, 0], upright)
 
 
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        struct.pack("<HHI4s", 0x0100, 2, 3, b"80"),
+        struct.pack("<HHIf", 0x0103, 11, 1, 1.5),
+        struct.pack("<HHIi", 0x0101, 9, 1, -1),
+    ],
+    ids=["text for a width", "a fraction for a kind", "a negative height"],
+)
+def test_metadata_that_make_no_sense_do_not_matter(image_format, entry):
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    entries = sorted([entry, turned])
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    assert decode(_encode(Image.new("RGB", (8, 16)), image_format, exif=exif)).shape == (8, 16, 3)
+
+
 def test_the_first_frame_of_an_animation_counts():
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     encoded = _encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)

@@ -201,6 +201,34 @@ def test_damaged_archives(tmp_path: pathlib.Path) -> None:
     assert "found a damaged array 'images' of" in failure(tmp_path / "data.npz")
 
 
+def test_a_member_that_is_no_array(tmp_path: pathlib.Path) -> None:
+    save(tmp_path, labels=LABELS)
+    with zipfile.ZipFile(tmp_path / "data.npz", "a") as archive:
+        archive.writestr("images.npy", b"text among arrays")
+    message = failure(tmp_path / "data.npz")
+    assert message.startswith(f"found a damaged array 'images' of {tmp_path / 'data.npz'} (no array as numpy writes them)")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"4, 3)", b"4, 3 "),  # tokenize.TokenError
+        (b"'|u1'", b"',u1'"),  # SyntaxError
+        (b" 'shape'", b"b'shape'"),  # TypeError
+        (b"(60, 5, 4, 3), }" + b" " * 20, b"(" + b"9" * 30 + b",), }  "),  # OverflowError
+        (b"'|u1',", b"(()), "),  # IndexError
+    ],
+)
+def test_damaged_headers(tmp_path: pathlib.Path, old: bytes, new: bytes) -> None:
+    save(tmp_path, labels=LABELS)
+    buffer = io.BytesIO()
+    np.save(buffer, IMAGES)
+    assert buffer.getvalue().count(old) == 1
+    with zipfile.ZipFile(tmp_path / "data.npz", "a") as archive:
+        archive.writestr("images.npy", buffer.getvalue().replace(old, new.ljust(len(old))))
+    assert failure(tmp_path / "data.npz").startswith(f"found a damaged array 'images' of {tmp_path / 'data.npz'} (")
+
+
 def test_an_array_that_claims_to_be_huge(tmp_path: pathlib.Path) -> None:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**6, 3)})

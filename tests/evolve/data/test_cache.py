@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import os
 import pathlib
 import pickle
@@ -26,6 +28,7 @@ from evolve.data.cache import HEADER_BYTES, RECORD
 from evolve.data.load import load_task
 from evolve.data.mapped import MappedImages
 from evolve.data.reading import Decoded
+from evolve.data.splits import SHARE
 from evolve.data.task import LazyImages, TaskData
 from evolve.errors import DataError
 from evolve.training.images import evaluation_images, training_images
@@ -33,12 +36,12 @@ from evolve.training.images import evaluation_images, training_images
 NUM_IMAGES = 60
 
 
-def paint(folder: pathlib.Path, count: int, seed: int = 0, prefix: str = "") -> None:
+def paint(folder: pathlib.Path, count: int, seed: int = 0, prefix: str = "", ending: str = ".png") -> None:
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         height, width = random.integers(4, 40, 2)
-        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{prefix}{index:03}.png")
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{prefix}{index:03}{ending}")
 
 
 @pytest.fixture
@@ -174,6 +177,21 @@ def test_copied_files_keep_their_pixels(folder: pathlib.Path, tmp_path: pathlib.
     assert (only(tmp_path / "cache") / "pixels").stat().st_size == size
 
 
+def test_files_of_equal_size_and_date_may_take_each_others_place(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "images"
+    for seed, label in enumerate(("cat", "dog")):
+        paint(folder / label, 20, seed, "", ".bmp")
+        for file in (folder / label).iterdir():
+            os.utime(file, (1, 1))
+    load(folder, tmp_path / "cache")
+    for name in ("000.bmp", "001.bmp"):
+        cat, dog, aside = folder / "cat" / name, folder / "dog" / name, folder.parent / name
+        cat.rename(aside)
+        dog.rename(cat)
+        aside.rename(dog)
+    equal(load(folder), load(folder, tmp_path / "cache"))
+
+
 def test_sources_do_not_mix(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     other = tmp_path / "elsewhere" / "images"
     for label in ("cat", "dog"):
@@ -191,6 +209,26 @@ def test_skips_what_cannot_be_read(folder: pathlib.Path, tmp_path: pathlib.Path)
     equal(load(folder, skip_unreadable=True), data)
     assert data.warnings[0].startswith(f"left out 1 image of folder {folder}, the first because munet could not read the image ")
     assert sum(len(images) for images in (data.train, data.validation, data.test or ())) == NUM_IMAGES
+
+
+@pytest.mark.parametrize("limit", [None, 10])
+def test_skips_the_same_as_memory(folder: pathlib.Path, tmp_path: pathlib.Path, limit: int | None) -> None:
+    # So many files that cannot be decoded would fill the limit, and one would be the bird to train on: the other's place is in test.
+    for index in range(60):
+        (folder / "cat" / f"bad {index}.png").write_bytes(f"no image {index}".encode())
+    for seed in itertools.count():
+        paint(folder / "bird", 1, seed)
+        if hashlib.sha256((folder / "bird" / "000.png").read_bytes()).digest()[0] < 256 * SHARE - 1:
+            break
+    bad = next(content for content in map(b"no bird %d".__mod__, itertools.count()) if hashlib.sha256(content).digest()[0] > 128)
+    (folder / "bird" / "bad.png").write_bytes(bad)
+    memory = load(folder, skip_unreadable=True, limit_per_class=limit)
+    equal(memory, load(folder, tmp_path / "cache", skip_unreadable=True, limit_per_class=limit))
+    assert "bird/000.png" in memory.train.names
+    # They are the data that there are without those files, too.
+    for file in folder.glob("*/bad*.png"):
+        file.unlink()
+    equal(memory, load(folder, limit_per_class=limit))
 
 
 def test_can_be_pickled_without_its_pixels(tmp_path: pathlib.Path) -> None:

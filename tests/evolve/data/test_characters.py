@@ -156,3 +156,8 @@ def test_held_out_fonts_change_splits_as_they_say() -> None:
         assert alphas
         assert set(alphas) <= expected
     assert plain.fingerprint != held.fingerprint
+
+
+def test_letters_with_too_few_fonts_to_keep_any_back_are_counted() -> None:
+    assert load_task(task(script="NKO", held_out_fonts=True)).warnings[0].startswith("5 of 5 letters have too few fonts")
+    assert load_task(task(held_out_fonts=True)).warnings == ()

@@ -241,6 +241,87 @@ def test_a_link_to_a_folder_above_ends(tmp_path: pathlib.Path) -> None:
     assert len(load(tmp_path).train) == 6
 
 
+def test_links_that_lead_to_each_other_end(tmp_path: pathlib.Path) -> None:
+    for label in "ab":
+        fill(tmp_path / "images" / label, 4, 10 * "ab".index(label))
+    for one, other in ("xy", "yx"):
+        fill(tmp_path / one, 2, 100 * "xy".index(one) + 50)
+        (tmp_path / one / "on").symlink_to(tmp_path / other)
+    (tmp_path / "images" / "a" / "elsewhere").symlink_to(tmp_path / "x")
+    names = set().union(*splits_of(load(tmp_path / "images")).values())
+    assert sorted(name for name in names if "elsewhere" in name) == [
+        "a/elsewhere/000.png",
+        "a/elsewhere/001.png",
+        "a/elsewhere/on/000.png",
+        "a/elsewhere/on/001.png",
+    ]
+    assert len(names) == 12
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "other"),
+    [
+        ("train/a/l", "train/b", "train/b"),
+        ("train/a/deep/l", "train/b/deep", "train/b"),
+        ("train/a/l", "test/a", "test/a"),
+        ("train/a/l", "train", "train/b"),
+        ("train/a/l", "", "train/b"),
+        ("train/a/l", "..", "train/b"),
+        ("train/c", "train/a", "train/a"),
+    ],
+)
+def test_links_into_another_class_are_named(tmp_path: pathlib.Path, link: str, target: str, other: str) -> None:
+    folder = tmp_path / "images"
+    for split in ("train", "val", "test"):
+        for label in "ab":
+            fill(folder / split / label / "deep", 2, 10 * "ab".index(label))
+    (folder / link).symlink_to(folder / target)
+    assert failure(folder) == (
+        f"found link {folder / link} to {(folder / target).resolve()}, which is, holds or lies in another class folder, {folder / other}; "
+        "expected each image in one class folder; take the link away"
+    )
+
+
+def test_pipes_are_not_waited_for(tmp_path: pathlib.Path) -> None:
+    for label in "ab":
+        fill(tmp_path / label, 10, 20 * "ab".index(label))
+    pipe = tmp_path / "b" / "pipe.png"
+    os.mkfifo(pipe)
+    for cache in (None, tmp_path.parent / "cache"):
+        assert failure(tmp_path, cache=cache).startswith(
+            f"could not read {pipe} (a pipe or device, no regular file); expected a file"
+        )
+        data = load(tmp_path, cache=cache, skip_unreadable=True)
+        assert len(set().union(*splits_of(data).values())) == 20
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_limit_counts_readable_images_alone(tmp_path: pathlib.Path, cache: bool, given: bool) -> None:
+    folder = tmp_path / "images"
+    for label in "ab":
+        fill(folder / "train" / label, 30, 100 * "ab".index(label))
+        for index in range(40):
+            (folder / "train" / label / f"bad {index}.png").write_bytes(f"no image {label} {index}".encode())
+        fill(folder / "test" / label, 2, 60 + 100 * "ab".index(label))
+        if given:
+            fill(folder / "val" / label, 2, 80 + 100 * "ab".index(label))
+    seen: list[tuple[int, int]] = []
+    task = FolderTask(
+        name="t",
+        source="folder",
+        folder=folder,
+        limit_per_class=10,
+        skip_unreadable=True,
+        cache=tmp_path / "c" if cache else None,
+    )
+    data = load_task(task, lambda done, of: seen.append((done, of)))
+    assert np.bincount(data.train.labels).tolist() == [10, 10]
+    assert data.warnings[0].startswith(f"left out 80 images of folder {folder}, the first ")
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][0] == seen[-1][1]
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_skips_and_counts_what_cannot_be_read(tmp_path: pathlib.Path, cache: bool) -> None:
     folder = tmp_path / "images"

@@ -98,6 +98,33 @@ def test_numbers_are_classes_in_their_order(folder: pathlib.Path) -> None:
     assert load(table(folder, *lines)).labels == tuple(map(str, range(12)))
 
 
+def test_long_numbers_are_classes_in_their_order(folder: pathlib.Path) -> None:
+    classes = ("0", "007", "7", "10", "9" * 5000, "1" + "0" * 5000)
+    lines = [f"images/{number}.png,{classes[::-1][number % 6]}" for number in range(40)]
+    assert load(table(folder, *lines)).labels == classes
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32-be", "utf-7"])
+def test_byte_order_mark_of_any_encoding(folder: pathlib.Path, encoding: str) -> None:
+    mark = "" if encoding in ("utf-8-sig", "utf-16") else "\ufeff"
+    assert load(table(folder, *LINES, header=f"{mark}file,label", encoding=encoding), encoding=encoding).labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["Split", "SPLIT"])
+def test_split_column_in_other_letters_is_not_passed_over(folder: pathlib.Path, name: str) -> None:
+    file = table(folder, *SPLITS, header=f"file,label,{name}")
+    assert failure(file) == (
+        f"found column {name!r} in {file}; expected a split column to be called 'split', or set; set split_column = {name!r}; "
+        "if it says something else, call it otherwise"
+    )
+    data = load(file, split_column=name)
+    assert [len(data.train), len(data.validation)] == [30, 4]
+    # Beside a split column, or as the column of labels, such a name is none.
+    both = table(folder, *[f"{line},x" for line in SPLITS], header=f"file,label,split,{name}")
+    assert load(both).fingerprint == data.fingerprint
+    assert load(table(folder, *LINES, header=f"file,{name}"), label_column=name).labels == ("cat", "dog")
+
+
 def test_class_list_in_a_file(folder: pathlib.Path) -> None:
     (folder / "classes.txt").write_text("dog\n\ncat\n", encoding="utf-8")
     assert load(table(folder, *LINES), classes=folder / "classes.txt").labels == ("dog", "cat")
@@ -160,6 +187,13 @@ def test_bad_tables(folder: pathlib.Path, header: str, lines: list[str], message
         ({"classes": ("cat", " ")}, "found an empty name in the setting classes"),
         ({"split_column": "part"}, "expected a column 'part'; set split_column"),
         ({"encoding": "klingon"}, "found encoding 'klingon'; expected an encoding that Python knows"),
+        ({"encoding": "utf\0"}, "found encoding 'utf\\x00'; expected an encoding that Python knows"),
+        ({"encoding": "\ud800"}, "found encoding '\\ud800'; expected an encoding that Python knows"),
+        ({"encoding": "undefined"}, "found bytes in {0}/labels.csv that are not undefined ("),
+        ({"encoding": "punycode"}, "{0}/labels.csv that are not punycode ("),
+        ({"folder": pathlib.Path("\0")}, "found no file (embedded null byte) at \0/images/0.png, the image in line 2 of"),
+        ({"folder": pathlib.Path("\ud800")}, "found no file ('utf-8' codec can't encode character '\\ud800'"),
+        ({"classes": pathlib.Path("a\0b")}, "found 'a\\x00b' as the class list, which is no path (embedded null byte)"),
         ({"classes": pathlib.Path("/nowhere/classes.txt")}, "could not read the class list /nowhere/classes.txt (No such"),
         ({"folder": pathlib.Path("/nowhere")}, "expected an image file; paths are relative to /nowhere; mend the path, or set folder"),
     ],
@@ -183,6 +217,12 @@ def test_empty_table(folder: pathlib.Path, content: bytes) -> None:
 def test_missing_table(folder: pathlib.Path) -> None:
     assert failure(folder / "no.csv").startswith(f"could not read {folder / 'no.csv'} (No such file or directory)")
     assert "(Is a directory)" in failure(folder)
+    assert failure(pathlib.Path("a\0b")).startswith("found 'a\\x00b', which is no path (embedded null byte); expected a CSV file")
+
+
+def test_half_of_a_surrogate_pair_is_named_by_line(folder: pathlib.Path) -> None:
+    message = failure(table(folder, LINES[0], r"images/\ud800.png,cat"), encoding="unicode_escape")
+    assert message == f"found half of a surrogate pair in line 3 of {folder / 'labels.csv'}; expected whole characters"
 
 
 def test_damaged_image_is_named_with_its_line(folder: pathlib.Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import pathlib
+import threading
 import weakref
 
+import numpy as np
 import pytest
 
 from server.embedded.engine import EmbeddedEngine
+from server.embedded.sessions import SegmentSession
 from server.engine import Question
-from server.errors import DeadlineError, OverloadedError
+from server.errors import DeadlineError, NotLoadedError, OverloadedError
 from server.generation import Generation
 from server.repository import Repository
 from tests.support.repository import RepositoryBuilder, random_images
@@ -77,7 +80,25 @@ def test_batches_are_bounded_by_rows_and_by_bytes(generation: Generation) -> Non
         engine.close()
 
 
+def test_idle_workers_share_the_batches_of_one_question(generation: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=20)
+    run = SegmentSession.run
+
+    def wait_for_another(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
+        if session.segment.input.name == "image":
+            together.wait()
+        return run(session, rows)
+
+    monkeypatch.setattr(SegmentSession, "run", wait_for_another)
+    engine = EmbeddedEngine(ENGINE.model_copy(update={"workers": 2, "max_batch_rows": 8}))
+    engine.load(generation)
+    # Two batches, and each waits until the other runs too.
+    assert len(engine.answer(Question(generation, random_images(16, 8), ("digits",))).result(timeout=30)["digits"]) == 16
+    engine.close()
+
+
 def test_nothing_of_a_question_is_kept(generation: Generation) -> None:
+    """Not even until Python collects cycles: under load that would be late."""
     engine = EmbeddedEngine(ENGINE)
     engine.load(generation)
     images = random_images(1, 8)
@@ -86,8 +107,40 @@ def test_nothing_of_a_question_is_kept(generation: Generation) -> None:
     # The worker lets go of a batch before it waits for the next.
     engine.answer(Question(generation, random_images(1, 8), ("digits",))).result()
     del images
-    gc.collect()
     assert alive() is None
+    engine.close()
+
+
+def test_nothing_of_a_refused_question_is_kept(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE)
+    images = random_images(1, 8)
+    alive = weakref.ref(images)
+    with pytest.raises(NotLoadedError):
+        engine.answer(Question(generation, images, ("digits",))).result()
+    del images
+    assert alive() is None
+    engine.close()
+
+
+def test_a_rehearsal_is_let_in_however_much_waits(generation: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    run = SegmentSession.run
+
+    def hold_up(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
+        assert go_on.wait(20)
+        return run(session, rows)
+
+    monkeypatch.setattr(SegmentSession, "run", hold_up)
+    engine = EmbeddedEngine(ENGINE.model_copy(update={"max_waiting_rows": 1}))
+    engine.load(generation)
+    waiting = engine.answer(Question(generation, random_images(64, 8), ("digits",)))
+    refused = engine.answer(Question(generation, random_images(1, 8), ("digits",)))
+    rehearsal = engine.answer(Question(generation, random_images(1, 8), ("digits",), counted=False))
+    with pytest.raises(OverloadedError):
+        refused.result()
+    go_on.set()
+    assert len(rehearsal.result()["digits"]) == 1
+    assert len(waiting.result()["digits"]) == 64
     engine.close()
 
 
