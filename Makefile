@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Processes that tests run in.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench-serve bench-search format proto clean
@@ -23,7 +25,7 @@ demo: $(READY) ## Evolve, publish, serve and hot-reload four small tasks (6 minu
 	@$(BIN)/python -m demo
 
 test: $(READY) ## Run every test that needs no GPU
-	@$(BIN)/python -m pytest -q -m "not gpu"
+	@$(BIN)/python -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal
 
 check: $(READY) ## Format, lint, types, import contracts, generated code
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
