@@ -100,7 +100,7 @@ def _check_data(task: ActiveTask, record: TaskRecord | None) -> None:
 
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     differences = [
-        f"{name} = {old!r} then and {new!r} now" for name, old, new in _differences({n: begun.get(n) for n in identity}, identity)
+        f"{name} = {old!r} then and {new!r} now" for name, old, new in differences({n: begun.get(n) for n in identity}, identity)
     ]
     if differences:
         raise SettingsError(
@@ -110,10 +110,10 @@ def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapp
         )
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields the dotted name and both values of everything that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
