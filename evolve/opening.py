@@ -99,9 +99,7 @@ def _check_data(task: ActiveTask, record: TaskRecord | None) -> None:
 
 
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    differences = [
-        f"{name} = {old!r} then and {new!r} now" for name, old, new in differences({n: begun.get(n) for n in identity}, identity)
-    ]
+    differences = describe_differences(begun, identity)
     if differences:
         raise SettingsError(
             f"found an unfinished search of task {identity['task']!r} begun otherwise: {'; '.join(differences)}",
@@ -110,10 +108,16 @@ def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapp
         )
 
 
-def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def describe_differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Returns for each value of `identity`, at any depth, that was another one when a journal was begun, both values in words."""
+    old_values = {name: begun.get(name) for name in identity}
+    return [f"{name} = {old!r} then and {new!r} now" for name, old, new in _differences(old_values, identity)]
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields the dotted name and both values of everything that differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield name, old, new
