@@ -32,7 +32,7 @@ from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan,
 from evolve.hyperparameters import Group, Hyperparameters, tunables
 from evolve.journal import FORMAT, Journal, Record, read_journal
 from evolve.layer import HEAD, NORM, PATCH_EMBED, POS_EMBED, LayerKind, Position
-from evolve.opening import differences
+from evolve.opening import describe_differences
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.sampling import derive_generator, derive_seed
 from evolve.search import SearchPlan
@@ -387,9 +387,7 @@ def _deciding(plan: SearchPlan) -> dict[str, Any]:
 
 
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    found = [
-        f"{name} = {old!r} then and {new!r} now" for name, old, new in differences({n: begun.get(n) for n in identity}, identity)
-    ]
+    found = describe_differences(begun, identity)
     if found:
         raise SettingsError(
             f"found a baseline in {file} begun otherwise: {'; '.join(found)}",
