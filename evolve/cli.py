@@ -24,7 +24,7 @@ from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.generation import Trainer
-from evolve.layer import PATCH_EMBED
+from evolve.layer import PATCH_EMBED, LayerKind
 from evolve.progress import BaselineListener, ProgressObserver, loading, publishing
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
@@ -136,12 +136,9 @@ def baseline(
     console = rich.console.Console()
 
     def is_pending(found: System | None, name: str) -> bool:
-        if found is None:
-            return True
-        wanted.check(found.root.num_blocks)
-        return not is_finished(found, wanted, name, plan, num_tasks)
+        return found is None or not is_finished(found, wanted, name, plan, num_tasks)
 
-    opened, active = _prepare(settings, chosen, system, console, is_pending)
+    opened, active = _prepare(settings, chosen, system, console, is_pending, wanted.check)
     try:
         run_baselines(opened, active, wanted, plan, num_tasks, BaselineListener(console))
     except KeyboardInterrupt:
@@ -268,6 +265,7 @@ def _prepare(
     folder: pathlib.Path,
     console: rich.console.Console,
     is_pending: Callable[[System | None, str], bool],
+    check_blocks: Callable[[int], None] = lambda _num_blocks: None,
 ) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
     """Loads data and root before anything is written, and returns the system with the tasks that have something to do."""
     from evolve.data.load import doubts_about_quality, load_task
@@ -276,9 +274,13 @@ def _prepare(
     resolve_device(settings.training)
     system = _open_system(settings.root, folder)
     # First, as it is quick and data may take hours.
-    root = _load_root(settings) if system is None else None
-    if system is not None:
+    root = None
+    if system is None:
+        root = _load_root(settings)
+        check_blocks(sum(position.kind is LayerKind.BLOCK for position in root.layers))
+    else:
         check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), settings.defaults.image_size)
+        check_blocks(system.root.num_blocks)
     pending = [task for task in chosen if is_pending(system, task.name)]
     datasets = []
     for task in pending:
