@@ -1,4 +1,4 @@
-"""The characters benchmark: a search beside its baselines on eight tasks, in equal training steps. Q1, Q2 and Q8.
+"""The characters benchmark: a search beside its baselines on eight tasks, in equal training steps. Q1, Q2, Q3 and Q8.
 
     python -m benchmarks.characters [--smoke] [--work DIR] [--minutes N] [--workers N] [--report-only] [--results benchmarks/results]
 
@@ -16,6 +16,9 @@ Q1  mean test accuracy of the search minus that of full fine-tuning, in points, 
 Q2  accounted parameters per task over those of full fine-tuning; `Q2 scaled` with scale control, `Q2 scaled loss` its margin over
     fine-tuning.
 Q8  mean test accuracy minus that of the best tuned baseline: random search over learning rate, warm-up and augmentation.
+
+Q3  when all is there: whether the logits of other tasks changed as the first search published task after task; see
+    benchmarks.unchanged.
 
 Prints a table, then JSON lines, the last one sums up. With --smoke it takes a few minutes and measures nothing.
 """
@@ -234,7 +237,11 @@ class Benchmark:
             # In a session of its own: a Ctrl-C reaches it once, from here.
             return subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONPATH": str(TOP), "COLUMNS": "160"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(TOP), os.environ.get("PYTHONPATH")))),
+                    "COLUMNS": "160",
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -259,11 +266,17 @@ def main() -> None:
     report = Report("characters", arguments)
     if not arguments.report_only:
         benchmark.execute(arguments.workers, arguments.minutes)
-    report_runs(benchmark, report, f"bundled root characters; {file.name}")
+    is_whole = report_runs(benchmark, report)
+    if is_whole and not arguments.report_only:
+        # Needs the server too; everything before it runs without.
+        from benchmarks.unchanged import report_changes
+
+        report_changes(System.open(benchmark.system(Job(SEARCH, 0))), report)
+    report.finish(f"bundled root characters; {file.name}")
 
 
-def report_runs(benchmark: Benchmark, report: Report, model: str) -> None:
-    """Prints the table, a line for each run, a line for each method, and the figures."""
+def report_runs(benchmark: Benchmark, report: Report) -> bool:
+    """Reports the table, a line for each run, a line for each method, and the figures; tells whether no run is missing."""
     runs = benchmark.runs()
     rows = rows_of(runs)
     missing = [
@@ -280,7 +293,7 @@ def report_runs(benchmark: Benchmark, report: Report, model: str) -> None:
     report.line(partial=bool(missing), missing=missing)
     for figure in figures_of(runs):
         report.figure(figure.name, figure.value, figure.target, figure.note + ("; partial" if missing else ""))
-    report.finish(model)
+    return not missing
 
 
 def say(text: str, stream: TextIO = sys.stderr) -> None:
