@@ -61,6 +61,7 @@ class BenchmarkSettings(Settings):
         seeds: how many, from 0.
         scale_factor: of the search with scale control.
         tasks: only these; all by default.
+        tuned_replicas: draws of a tuned baseline, which share the steps of the search.
         families: which baselines beside fine-tuning; all by default.
         search: settings of the search that differ from the recipe's.
         training: settings of training that differ from the recipe's.
@@ -68,6 +69,7 @@ class BenchmarkSettings(Settings):
 
     seeds: int
     scale_factor: float
+    tuned_replicas: int
     tasks: tuple[str, ...] | None = None
     families: tuple[str, ...] = tuple(FAMILIES)
     search: dict[str, Any]
@@ -105,7 +107,7 @@ class Benchmark:
         self.rounds = Experiment.model_validate(recipe).search.rounds
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "experiment.json"
-        content = json.dumps([recipe, settings.scale_factor], indent=1)
+        content = json.dumps([recipe, settings.scale_factor, settings.tuned_replicas], indent=1)
         if written.exists() and written.read_text() != content:
             raise SystemExit(f"{folder} holds runs of other settings: choose another --work, or remove it")
         written.write_text(content)
@@ -125,7 +127,7 @@ class Benchmark:
         command = [sys.executable, "-m", "evolve.cli"]
         if job.method in (SEARCH, SCALED):
             return [*command, "run", str(file), "--system", str(system)]
-        tune = ["--tune"] if job.method.endswith(TUNED) else []
+        tune = ["--tune", "--replicas", str(self.settings.tuned_replicas)] if job.method.endswith(TUNED) else []
         return [*command, "baseline", str(file), "--system", str(system), "--method", job.method.removesuffix(TUNED), *tune]
 
     def run_of(self, job: Job) -> Run:

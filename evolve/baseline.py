@@ -9,7 +9,8 @@ own, and train under one schedule over `intervals x rounds x generations` interv
 task. They are validated after each interval; the best interval of the best replica is tested, once.
 
 A *tuned* baseline is the honest rival of a search that tunes: each of its replicas draws learning rate, warm-up and augmentation at random
-from the steps that the search may take.
+from the steps that the search may take. It may have another number of replicas, which share the same steps: more draws, each trained
+for less.
 
 Parameters are accounted as if each task of the experiment were published this way: frozen layers are the root's and divided by the
 number of tasks, what was trained counts in full.
@@ -116,6 +117,55 @@ class Method:
         return position.block is not None and position.block >= (self.number or 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class BaselinePlan:
+    """What a baseline takes from the search that it is compared with.
+
+    Attributes:
+        search: the settings of that search.
+        num_tasks: tasks of the whole experiment: so many share the frozen layers.
+        replicas: how many share the steps of the search; by default as many as a generation has children.
+    """
+
+    search: SearchPlan
+    num_tasks: int
+    replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError if there are more replicas than intervals to share."""
+        if self.num_replicas > self._all_intervals:
+            raise SettingsError(
+                f"found {self.num_replicas} replicas", f"at most {self._all_intervals}, one for each interval of the whole search"
+            )
+
+    @property
+    def num_replicas(self) -> int:
+        """How many share the steps."""
+        return self.replicas or self.search.search.generation_size
+
+    @property
+    def intervals(self) -> int:
+        """Of each replica; a remainder of the steps is left out."""
+        return self._all_intervals // self.num_replicas
+
+    @property
+    def _all_intervals(self) -> int:
+        settings = self.search.search
+        return self.search.training.intervals * settings.rounds * settings.num_generations * settings.generation_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what shapes a baseline: searches may differ in all else and be compared with the same one."""
+        settings = self.search.to_dict()
+        return {
+            "seed": self.search.seed,
+            "defaults": settings["defaults"],
+            "num_tasks": self.num_tasks,
+            "replicas": self.num_replicas,
+            "intervals": self.intervals,
+            "training": {name: value for name, value in settings["training"].items() if name not in ("device", "intervals")},
+        }
+
+
 class Listener(Protocol):
     """Told what happens, for progress a person can follow. Methods return at once and never raise."""
 
@@ -138,7 +188,7 @@ def baseline_file(system: System, method: Method, task: str) -> pathlib.Path:
     return system.folder / "baselines" / method.folder / f"{task}.jsonl"
 
 
-def is_finished(system: System, method: Method, task: str, plan: SearchPlan, num_tasks: int) -> bool:
+def is_finished(system: System, method: Method, task: str, plan: BaselinePlan) -> bool:
     """Tells whether there is nothing to do, before any data are loaded.
 
     Raises:
@@ -147,8 +197,7 @@ def is_finished(system: System, method: Method, task: str, plan: SearchPlan, num
     """
     records = read_journal(baseline_file(system, method, task))
     if records:
-        begun = {name: records[0].get(name) for name in ("settings", "num_tasks")}
-        _check_identity(baseline_file(system, method, task), begun, {"settings": _deciding(plan), "num_tasks": num_tasks})
+        _check_identity(baseline_file(system, method, task), records[0], {"settings": plan.to_dict()})
     return any(record["type"] == "close" for record in records)
 
 
@@ -156,8 +205,7 @@ def run_baselines(
     system: System,
     tasks: Sequence[tuple[ActiveTask, Callable[[], Trainer]]],
     method: Method,
-    plan: SearchPlan,
-    num_tasks: int,
+    plan: BaselinePlan,
     listener: Listener,
 ) -> None:
     """Runs a baseline of every task, or goes on with it; one that is finished is not done again.
@@ -167,7 +215,6 @@ def run_baselines(
         tasks: each with a function that makes its trainer when its turn comes.
         method: what is trained.
         plan: of the search that is compared with.
-        num_tasks: tasks of the whole experiment: so many share the frozen layers.
         listener: told what happens.
 
     Raises:
@@ -178,7 +225,7 @@ def run_baselines(
     method.check(system.root.num_blocks)
     for task, make_trainer in tasks:
         with system.comparing(method.folder, task.name):
-            _Baseline(system, task, make_trainer(), method, plan, num_tasks, listener).run()
+            _Baseline(system, task, make_trainer(), method, plan, listener).run()
 
 
 class _Baseline:
@@ -190,8 +237,7 @@ class _Baseline:
         task: ActiveTask,
         trainer: Trainer,
         method: Method,
-        plan: SearchPlan,
-        num_tasks: int,
+        plan: BaselinePlan,
         listener: Listener,
     ) -> None:
         self.system = system
@@ -199,10 +245,8 @@ class _Baseline:
         self.trainer = trainer
         self.method = method
         self.plan = plan
-        self.num_tasks = num_tasks
         self.listener = listener
-        intervals = plan.training.intervals * plan.search.rounds * plan.search.num_generations
-        self.length = TrainingLength.of(plan.training, task.num_train_images, intervals)
+        self.length = TrainingLength.of(plan.search.training, task.num_train_images, plan.intervals)
         # Weights of the best replica that this process trained; those of earlier processes are trained again if they are needed.
         self.kept: ChildResult | None = None
         self.journal = Journal(baseline_file(system, method, task.name))
@@ -214,7 +258,7 @@ class _Baseline:
             if closed is not None:
                 return closed
             done = self.journal.of_type("pack")
-            num_replicas = self.plan.search.generation_size
+            num_replicas = self.plan.num_replicas
             self.listener.baseline_opened(self.task.name, self.method, num_replicas, len(done))
             for replica in range(len(done), num_replicas):
                 self._train_and_write(replica)
@@ -232,16 +276,15 @@ class _Baseline:
             "task": self.task.name,
             "method": self.method.name,
             "tuned": self.method.tuned,
-            "num_tasks": self.num_tasks,
             "data_fingerprint": self.task.data_fingerprint,
             "labels": list(self.task.labels),
             "trainer": dict(self.trainer.identity),
-            "settings": _deciding(self.plan),
+            "settings": self.plan.to_dict(),
         }
         if self.journal.records:
             _check_identity(self.journal.file, self.journal.records[0], identity)
         else:
-            self.journal.append("open", {**identity, "resolved_settings": self.plan.to_dict()})
+            self.journal.append("open", {**identity, "resolved_settings": self.plan.search.to_dict()})
 
     def _train_and_write(self, replica: int) -> None:
         started = time.monotonic()
@@ -277,7 +320,7 @@ class _Baseline:
 
     def _train(self, replica: int) -> tuple[GenerationPlan, ChildResult]:
         """Trains a replica, to the same bits however often."""
-        names = (self.plan.seed, self.task.name, "baseline", replica)
+        names = (self.plan.search.seed, self.task.name, "baseline", replica)
         child = self._plan_child(self._hyperparameters(names), derive_seed(*names))
         # Methods are compared on the same batches.
         generation = GenerationPlan(self.task.name, 0, replica, derive_seed(*names, "data"), self.length, (child,))
@@ -288,7 +331,7 @@ class _Baseline:
 
     def _hyperparameters(self, names: tuple[object, ...]) -> Hyperparameters:
         root = self.system.root
-        hyperparameters = self.plan.defaults.hyperparameters(root.num_blocks)
+        hyperparameters = self.plan.search.defaults.hyperparameters(root.num_blocks)
         if self.method.family == "adapters":
             hyperparameters = hyperparameters.replace(adapter_width=self.method.number)
         if not self.method.tuned:
@@ -369,21 +412,9 @@ class _Baseline:
 
     def _accounted(self, path: Path) -> float:
         return sum(
-            layer.num_parameters if self.method.trains(position) else layer.num_parameters / self.num_tasks
+            layer.num_parameters if self.method.trains(position) else layer.num_parameters / self.plan.num_tasks
             for position, layer in path.layers
         )
-
-
-def _deciding(plan: SearchPlan) -> dict[str, Any]:
-    """Returns the settings that shape a baseline: searches may differ in all others and be compared with the same one."""
-    settings = plan.to_dict()
-    return {
-        "seed": plan.seed,
-        "defaults": settings["defaults"],
-        "replicas": plan.search.generation_size,
-        "rounds_x_generations": plan.search.rounds * plan.search.num_generations,
-        "training": {name: value for name, value in settings["training"].items() if name != "device"},
-    }
 
 
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

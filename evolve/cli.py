@@ -19,7 +19,7 @@ import rich.console
 import rich.table
 import typer
 
-from evolve.baseline import Method, is_finished, run_baselines
+from evolve.baseline import BaselinePlan, Method, is_finished, run_baselines
 from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
@@ -117,6 +117,9 @@ def baseline(
     tune: Annotated[
         bool, typer.Option("--tune", help="Draw learning rate, warm-up and augmentation of each replica at random.")
     ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas that share the steps of the search; a generation's children by default.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of the search; overrides the experiment.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; overrides the experiment.")] = None,
     device: DeviceOption = None,
@@ -131,16 +134,16 @@ def baseline(
     wanted = Method.parse(method, tuned=tune)
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
-    plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
-    num_tasks = len(settings.tasks)
+    search = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
+    plan = BaselinePlan(search, len(settings.tasks), replicas)
     console = rich.console.Console()
 
     def is_pending(found: System | None, name: str) -> bool:
-        return found is None or not is_finished(found, wanted, name, plan, num_tasks)
+        return found is None or not is_finished(found, wanted, name, plan)
 
     opened, active = _prepare(settings, chosen, system, console, is_pending, wanted.check)
     try:
-        run_baselines(opened, active, wanted, plan, num_tasks, BaselineListener(console))
+        run_baselines(opened, active, wanted, plan, BaselineListener(console))
     except KeyboardInterrupt:
         typer.echo("interrupted; no finished replica is lost: the same command goes on from here", err=True)
         raise typer.Exit(130) from None

@@ -19,6 +19,7 @@ TIMEOUT_SECONDS = 900
 TINY = """
 seeds = 2
 scale_factor = 0.5
+tuned_replicas = 2
 tasks = ["digits"]
 families = []
 [search]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from evolve.baseline import Method, baseline_file, is_finished, run_baselines
+from evolve.baseline import BaselinePlan, Method, baseline_file, is_finished, run_baselines
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
 from evolve.errors import BusyError, DamagedError, SettingsError
@@ -75,11 +75,15 @@ def _plan(seed=0, *, defaults=None, training=None, **search) -> SearchPlan:
     )
 
 
-def _run(system, method=FINETUNE, plan=None, trainer=None, task=TASK, num_tasks=5):
+def _run(system, method=FINETUNE, plan=None, trainer=None, task=TASK, num_tasks=5, replicas=None):
     trainer = trainer or FakeTrainer()
     listener = QuietListener()
-    run_baselines(system, [(task, lambda: trainer)], method, plan or _plan(), num_tasks, listener)
+    run_baselines(system, [(task, lambda: trainer)], method, BaselinePlan(plan or _plan(), num_tasks, replicas), listener)
     return trainer, listener
+
+
+def _is_finished(system, method=FINETUNE, plan=None, num_tasks=5, replicas=None):
+    return is_finished(system, method, "one", BaselinePlan(plan or _plan(), num_tasks, replicas))
 
 
 def _records(system, method=FINETUNE):
@@ -181,6 +185,17 @@ def test_training_takes_as_many_steps_as_the_whole_search_of_the_task(system):
 
     assert steps(baseline.plans) == steps(search.plans) == 2 * 12 * 2 * 5
     assert [(generation.length.intervals, len(generation.children)) for generation in baseline.plans] == [(12, 1)] * 4
+
+
+@pytest.mark.parametrize(("replicas", "intervals"), [(1, 48), (5, 9), (48, 1)])
+def test_another_number_of_replicas_shares_the_same_steps(system, replicas, intervals):
+    trainer, _ = _run(system, replicas=replicas)
+    assert [generation.length.intervals for generation in trainer.plans] == [intervals] * replicas
+
+
+def test_more_replicas_than_there_are_intervals_are_refused(system):
+    with pytest.raises(SettingsError, match="found 49 replicas; expected at most 48"):
+        _run(system, replicas=49)
 
 
 def test_replicas_have_seeds_of_their_own_and_methods_the_same_batches(system):
@@ -295,18 +310,18 @@ def test_weights_of_an_earlier_process_are_trained_again_only_if_they_are_the_be
 
 
 def test_what_is_finished_is_not_done_again(system):
-    assert not is_finished(system, FINETUNE, "one", _plan(), 5)
+    assert not _is_finished(system)
     _run(system)
-    assert is_finished(system, FINETUNE, "one", _plan(), 5)
-    assert not is_finished(system, Method("finetune", tuned=True), "one", _plan(), 5)
+    assert _is_finished(system)
+    assert not _is_finished(system, Method("finetune", tuned=True))
     trainer, listener = _run(system)
     assert (trainer.plans, trainer.examined, listener.opened, listener.closed) == ([], [], [], [])
 
 
 def test_searches_that_differ_in_what_shapes_no_baseline_are_compared_with_the_same_one(system):
     _run(system)
-    assert is_finished(system, FINETUNE, "one", _plan(auto_tune=True, scale_factor=0.3, mutation_rate=0.2), 5)
-    assert is_finished(system, FINETUNE, "one", _plan(rounds=3, children_per_task=8), 5)
+    assert _is_finished(system, plan=_plan(auto_tune=True, scale_factor=0.3, mutation_rate=0.2))
+    assert _is_finished(system, plan=_plan(rounds=3, children_per_task=8))
 
 
 @pytest.mark.parametrize(
@@ -314,10 +329,10 @@ def test_searches_that_differ_in_what_shapes_no_baseline_are_compared_with_the_s
     [
         (_plan(seed=1), 5, "settings.seed = 0 then and 1 now"),
         (_plan(generation_size=2), 5, "settings.replicas = 4 then and 2 now"),
-        (_plan(rounds=1), 5, "settings.rounds_x_generations = 6 then and 3 now"),
+        (_plan(rounds=1), 5, "settings.intervals = 12 then and 6 now"),
         (_plan(defaults={"learning_rate": 0.1}), 5, "settings.defaults.learning_rate = 0.01 then and 0.1 now"),
-        (_plan(training={"intervals": 3}), 5, "settings.training.intervals = 2 then and 3 now"),
-        (_plan(), 6, "num_tasks = 5 then and 6 now"),
+        (_plan(training={"intervals": 3}), 5, "settings.intervals = 12 then and 18 now"),
+        (_plan(), 6, "settings.num_tasks = 5 then and 6 now"),
     ],
 )
 def test_other_settings_than_it_began_with_are_refused(system, plan, num_tasks, named):
@@ -326,7 +341,7 @@ def test_other_settings_than_it_began_with_are_refused(system, plan, num_tasks, 
     before = baseline_file(system, FINETUNE, "one").read_bytes()
     for attempt in (
         lambda: _run(system, plan=plan, num_tasks=num_tasks),
-        lambda: is_finished(system, FINETUNE, "one", plan, num_tasks),
+        lambda: _is_finished(system, plan=plan, num_tasks=num_tasks),
     ):
         with pytest.raises(SettingsError) as refused:
             attempt()
@@ -382,7 +397,7 @@ def test_a_tiny_real_baseline_learns_and_is_the_same_twice(tmp_path):
         for method in (FINETUNE, Method("freeze", 2), Method("adapters", 4)):
             listener = QuietListener()
             trainer = OneByOneTrainer(data, system.tensors, plan.training)
-            run_baselines(system, [(task, lambda trainer=trainer: trainer)], method, plan, 1, listener)
+            run_baselines(system, [(task, lambda trainer=trainer: trainer)], method, BaselinePlan(plan, 1), listener)
             closed.append(listener.closed[0])
             assert closed[-1]["test_accuracy"] > 0.8
             # Two replicas of 4 generations x 2 intervals x 5 batches of 16 images.

@@ -331,7 +331,7 @@ def test_a_baseline_from_end_to_end_beside_a_search(folder, monkeypatch, capsys)
     assert _main(monkeypatch, *command, "--method", "finetune", "--tune") == 0
     assert "colours: finetune (tuned), quality" in capsys.readouterr().out
     assert _main(monkeypatch, *command, "--method", "freeze:1", "--rounds", "2") == 2
-    assert "settings.rounds_x_generations = 2 then and 4 now" in capsys.readouterr().err
+    assert "settings.intervals = 4 then and 8 now" in capsys.readouterr().err
     assert System.open(folder / "system").tasks() == {}
     assert _main(monkeypatch, "run", file, "--system", folder / "system", "--task", "colours") == 0
     assert _main(monkeypatch, "verify", "--system", folder / "system") == 0
@@ -345,6 +345,7 @@ def test_a_baseline_from_end_to_end_beside_a_search(folder, monkeypatch, capsys)
         (("--method", "adapters:0"), "expected adapters of a width from 1 to 4096"),
         (("--method", "freeze:9"), "found method 'freeze:9'; expected at most freeze:3, the blocks of the root"),
         (("--method", "finetune", "--task", "colour"), "found no task 'colour' in the experiment"),
+        (("--method", "finetune", "--replicas", "13"), "found 13 replicas; expected at most 12"),
         (("--method", "finetune", "--device", "gpu"), "found device 'gpu'; expected auto, cpu or cuda"),
     ],
 )
