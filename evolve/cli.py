@@ -19,12 +19,13 @@ import rich.console
 import rich.table
 import typer
 
+from evolve.baseline import BaselinePlan, Method, is_finished, run_baselines
 from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.generation import Trainer
-from evolve.layer import PATCH_EMBED
-from evolve.progress import ProgressObserver, loading, publishing
+from evolve.layer import PATCH_EMBED, LayerKind
+from evolve.progress import BaselineListener, ProgressObserver, loading, publishing
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
@@ -41,14 +42,16 @@ app = typer.Typer(
 SystemFolder = Annotated[pathlib.Path, typer.Option("--system", metavar="DIR", help="Folder of the system.")]
 Repository = Annotated[pathlib.Path, typer.Option("--repository", metavar="DIR", help="Model repository to publish to.")]
 PrecisionOption = Annotated[str, typer.Option(help="float32 or float16: of the weights and hidden states that are published.")]
+ExperimentFile = Annotated[
+    pathlib.Path, typer.Argument(metavar="EXPERIMENT.toml", help="Settings: root, tasks, search, training.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def run(
-    experiment: Annotated[
-        pathlib.Path, typer.Argument(metavar="EXPERIMENT.toml", help="Settings: root, tasks, search, training.")
-    ],
+    experiment: ExperimentFile,
     system: SystemFolder,
     task: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME", help="Evolve only this task; may be repeated.")
@@ -58,7 +61,7 @@ def run(
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the experiment.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")] = None,
+    device: DeviceOption = None,
     precision: PrecisionOption = "float32",
 ) -> None:
     """Evolve the tasks of an experiment.
@@ -71,7 +74,12 @@ def run(
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
     console = rich.console.Console()
-    opened, active = _prepare(settings, chosen, system, console)
+
+    def is_pending(found: System | None, name: str) -> bool:
+        record = found.tasks().get(name) if found is not None else None
+        return record is None or record.rounds < settings.search.rounds
+
+    opened, active = _prepare(settings, chosen, system, console, is_pending)
     plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
     observer = ProgressObserver(console)
 
@@ -98,6 +106,49 @@ def run(
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
         # A process that was killed may have closed a task without publishing it.
         publish()
+
+
+@app.command()
+def baseline(
+    experiment: ExperimentFile,
+    system: SystemFolder,
+    method: Annotated[str, typer.Option(metavar="METHOD", help="finetune, freeze:K or adapters:D.")],
+    task: Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="Only this task; may be repeated.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Draw learning rate, warm-up and augmentation of each replica at random.")
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas that share the steps of the search; a generation's children by default.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of the search; overrides the experiment.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; overrides the experiment.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train the root on each task without a search, in as many steps: what a search is compared with.
+
+    finetune trains every layer; freeze:K freezes the patch embedding and the first K blocks; adapters:D trains adapters of width D, the
+    final norm and the head.
+
+    Tasks of the system are neither used nor changed. The same command goes on where an earlier one was stopped.
+    """
+    wanted = Method.parse(method, tuned=tune)
+    settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
+    chosen = _choose_tasks(settings, task)
+    search = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
+    plan = BaselinePlan(search, len(settings.tasks), replicas)
+    console = rich.console.Console()
+
+    def is_pending(found: System | None, name: str) -> bool:
+        return found is None or not is_finished(found, wanted, name, plan)
+
+    opened, active = _prepare(settings, chosen, system, console, is_pending, wanted.check)
+    try:
+        run_baselines(opened, active, wanted, plan, BaselineListener(console))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; no finished replica is lost: the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    if not active:
+        console.print(f"nothing to do: {wanted} is finished for every task", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -212,20 +263,28 @@ def _choose_tasks(settings: Experiment, names: list[str] | None) -> tuple[TaskSe
 
 
 def _prepare(
-    settings: Experiment, chosen: tuple[TaskSettings, ...], folder: pathlib.Path, console: rich.console.Console
+    settings: Experiment,
+    chosen: tuple[TaskSettings, ...],
+    folder: pathlib.Path,
+    console: rich.console.Console,
+    is_pending: Callable[[System | None, str], bool],
+    check_blocks: Callable[[int], None] = lambda _num_blocks: None,
 ) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
-    """Loads data and root before anything is written, and returns the system with the tasks that have rounds to do."""
+    """Loads data and root before anything is written, and returns the system with the tasks that have something to do."""
     from evolve.data.load import doubts_about_quality, load_task
     from evolve.training.device import resolve_device
 
     resolve_device(settings.training)
     system = _open_system(settings.root, folder)
     # First, as it is quick and data may take hours.
-    root = _load_root(settings) if system is None else None
-    if system is not None:
+    root = None
+    if system is None:
+        root = _load_root(settings)
+        check_blocks(sum(position.kind is LayerKind.BLOCK for position in root.layers))
+    else:
         check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), settings.defaults.image_size)
-    records = system.tasks() if system is not None else {}
-    pending = [task for task in chosen if task.name not in records or records[task.name].rounds < settings.search.rounds]
+        check_blocks(system.root.num_blocks)
+    pending = [task for task in chosen if is_pending(system, task.name)]
     datasets = []
     for task in pending:
         started = time.monotonic()

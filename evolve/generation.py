@@ -11,6 +11,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from evolve.config import TrainingSettings
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import Layer, LayerSpec, Position, Tensors
 from evolve.path import Path
@@ -89,6 +90,16 @@ class TrainingLength:
     intervals: int
     batches_per_interval: int
     validation_batches: int
+
+    @staticmethod
+    def of(training: TrainingSettings, num_train_images: int, intervals: int | None = None) -> TrainingLength:
+        """Returns what the settings say for a task of so many training images; `intervals` instead of theirs if given."""
+        return TrainingLength(
+            batch_size=training.batch_size,
+            intervals=intervals or training.intervals,
+            batches_per_interval=min(-(-num_train_images // training.batch_size), training.batches_per_interval),
+            validation_batches=training.validation_batches,
+        )
 
     @property
     def num_steps(self) -> int:

@@ -99,15 +99,19 @@ def _check_data(task: ActiveTask, record: TaskRecord | None) -> None:
 
 
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    differences = [
-        f"{name} = {old!r} then and {new!r} now" for name, old, new in _differences({n: begun.get(n) for n in identity}, identity)
-    ]
+    differences = describe_differences(begun, identity)
     if differences:
         raise SettingsError(
             f"found an unfinished search of task {identity['task']!r} begun otherwise: {'; '.join(differences)}",
             "what it began with",
             f"go back to that, or remove {file} to start this round over",
         )
+
+
+def describe_differences(begun: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Returns for each value of `identity`, at any depth, that was another one when a journal was begun, both values in words."""
+    old_values = {name: begun.get(name) for name in identity}
+    return [f"{name} = {old!r} then and {new!r} now" for name, old, new in _differences(old_values, identity)]
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import rich.console
 import rich.progress
 
+from evolve.baseline import Method
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
 from evolve.path import Path
@@ -129,6 +130,35 @@ class ProgressObserver:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class BaselineListener:
+    """Prints a line for each replica and each finished baseline; see evolve.baseline.Listener."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        """Prints to a console."""
+        self._console = console
+        self._total = 0
+
+    def baseline_opened(self, task: str, method: Method, num_replicas: int, reused: int) -> None:
+        """Prints a line."""
+        self._total = num_replicas
+        going_on = f", going on after {reused}" if reused else ""
+        self._say(f"{task}: {method}, {num_replicas} replicas{going_on}")
+
+    def replica_finished(self, task: str, method: Method, record: Record) -> None:
+        """Prints a line."""
+        seconds = record["seconds"]["wall"]
+        self._say(f"{task}: {method}, {record['replica'] + 1}/{self._total}, quality {record['quality']:.4f}, {seconds:.1f} s")
+
+    def baseline_closed(self, task: str, method: Method, record: Record) -> None:
+        """Prints the result."""
+        test = "" if record["test_accuracy"] is None else f", test accuracy {record['test_accuracy']:.4f}"
+        seconds = record["seconds"]["wall"]
+        self._say(f"{task}: {method}, quality {record['quality']:.4f}{test}, {seconds:.1f} s")
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

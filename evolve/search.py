@@ -153,13 +153,7 @@ class _Search:
             tunables=select_tunables(every, [Group.STRUCTURE, Group.OPTIMISER], **chosen),
             mutation_rate=plan.search.mutation_rate,
         )
-        training = plan.training
-        self.length = TrainingLength(
-            batch_size=training.batch_size,
-            intervals=training.intervals,
-            batches_per_interval=min(-(-task.num_train_images // training.batch_size), training.batches_per_interval),
-            validation_batches=training.validation_batches,
-        )
+        self.length = TrainingLength.of(plan.training, task.num_train_images)
 
     def run(self) -> TaskRecord:
         try:

@@ -7,6 +7,7 @@
     examples/<hash>.npy     a few validation images of a task
     journal/<task>-0001.jsonl   the record of one search, see evolve.journal
     journal/removed/        those of tasks that were removed
+    baselines/<method>/<task>.jsonl   the record of one baseline, see evolve.baseline
     locks/                  held while a task is being evolved, records are changed or the system is being created
 
 Layers, paths and examples never change once written; only a task's file is replaced, in one rename. A crash at any moment leaves files
@@ -350,6 +351,28 @@ class System:
                 f"found another process at work on task {task!r} of {self.folder}",
                 "one at a time",
                 "wait until it ends; other tasks can be evolved meanwhile, each with --task",
+            ) from None
+        with lock:
+            yield
+
+    @contextlib.contextmanager
+    def comparing(self, baseline: str, task: str) -> Iterator[None]:
+        """Holds the lock of a task's baseline; its end, also by a crash, releases it.
+
+        Args:
+            baseline: name of its folder in baselines/.
+            task: name of the task.
+
+        Raises:
+            BusyError: another process holds it.
+        """
+        try:
+            lock = self._lock(f"baseline-{baseline}-{task}", wait=False)
+        except BlockingIOError:
+            raise BusyError(
+                f"found another process at work on the baseline {baseline} of task {task!r} of {self.folder}",
+                "one at a time",
+                "wait until it ends; other tasks and methods can be run meanwhile",
             ) from None
         with lock:
             yield

@@ -311,3 +311,90 @@ def test_the_precision_reaches_the_export(folder, monkeypatch, capsys):
 def test_help_explains(monkeypatch, capsys, command):
     assert _main(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out) > 300
+
+
+# Baselines
+
+
+def test_a_baseline_from_end_to_end_beside_a_search(folder, monkeypatch, capsys):
+    file = _write(folder, SETTINGS + COLOURS + DIGITS)
+    command = ("baseline", file, "--system", folder / "system", "--task", "colours")
+    # In a process of its own, as a user runs it; it makes the system.
+    result = evolve(*command, "--method", "freeze:1")
+    assert result.returncode == 0, result.stderr
+    assert "colours: freeze:1, 3 replicas" in result.stdout
+    journal = folder / "system" / "baselines" / "freeze-1" / "colours.jsonl"
+    before = journal.read_bytes()
+    assert _main(monkeypatch, *command, "--method", "freeze:1") == 0
+    assert "nothing to do: freeze:1 is finished for every task" in capsys.readouterr().out
+    assert journal.read_bytes() == before
+    assert _main(monkeypatch, *command, "--method", "finetune", "--tune") == 0
+    assert "colours: finetune (tuned), quality" in capsys.readouterr().out
+    assert _main(monkeypatch, *command, "--method", "freeze:1", "--rounds", "2") == 2
+    assert "settings.intervals = 4 then and 8 now" in capsys.readouterr().err
+    assert System.open(folder / "system").tasks() == {}
+    assert _main(monkeypatch, "run", file, "--system", folder / "system", "--task", "colours") == 0
+    assert _main(monkeypatch, "verify", "--system", folder / "system") == 0
+    assert _main(monkeypatch, *command, "--method", "freeze:1") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "freez:1"), "found method 'freez:1'; expected finetune, freeze:K or adapters:D; did you mean 'freeze:K'?"),
+        (("--method", "adapters:0"), "expected adapters of a width from 1 to 4096"),
+        (("--method", "freeze:9"), "found method 'freeze:9'; expected at most freeze:3, the blocks of the root"),
+        (("--method", "finetune", "--task", "colour"), "found no task 'colour' in the experiment"),
+        (("--method", "finetune", "--replicas", "13"), "found 13 replicas; expected at most 12"),
+        (("--method", "finetune", "--device", "gpu"), "found device 'gpu'; expected auto, cpu or cuda"),
+    ],
+)
+def test_a_baseline_that_cannot_be_run_is_refused_before_anything_is_written(folder, monkeypatch, capsys, arguments, message):
+    file = _write(folder, SETTINGS + COLOURS)
+    assert _main(monkeypatch, "baseline", file, "--system", folder / "system", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "system").exists()
+
+
+def test_a_baseline_needs_a_method(folder, monkeypatch, capsys):
+    assert _main(monkeypatch, "baseline", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 2
+    assert "--method" in capsys.readouterr().err
+
+
+def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder):
+    settings = SETTINGS.replace("generation_size = 3", "generation_size = 100").replace(
+        "children_per_task = 6", "children_per_task = 100"
+    )
+    file = _write(folder, settings + COLOURS)
+    command = ("baseline", file, "--system", folder / "system", "--method", "freeze:2")
+    journal = folder / "system" / "baselines" / "freeze-2" / "colours.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "evolve.cli", *map(str, command)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (journal.exists() and journal.read_text().count('"type": "pack"') > 3):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    result = evolve(*command)
+    assert result.returncode == 0
+    assert "going on after" in result.stdout
+    assert journal.read_text().count('"type": "pack"') == 100
+    assert "colours: freeze:2, quality" in result.stdout
+
+
+def test_the_same_baseline_twice_at_once_is_refused(folder, monkeypatch, capsys):
+    file = _write(folder, SETTINGS + COLOURS)
+    command = ("baseline", file, "--system", folder / "system", "--method", "finetune")
+    assert _main(monkeypatch, *command, "--tune") == 0
+    with System.open(folder / "system").comparing("finetune", "colours"):
+        assert _main(monkeypatch, *command) == 2
+    assert "found another process at work on the baseline finetune of task 'colours'" in capsys.readouterr().err
