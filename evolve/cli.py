@@ -1,18 +1,21 @@
 """munet-evolve: the command line of the offline half. Builds and wires; everything else lives elsewhere.
 
-Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 interrupted.
+Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 ended by SIGINT (Ctrl-C), 143 by
+SIGTERM. A second such signal ends it at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import rich.console
@@ -20,10 +23,14 @@ import rich.table
 import typer
 
 from evolve.closing import ActiveTask
+from evolve.collecting import Collection, Kind, collect
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.generation import Trainer
+from evolve.interruption import Interrupted, interruptible
 from evolve.layer import PATCH_EMBED
+from evolve.lineage import lineage_hash
+from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.progress import ProgressObserver, loading, publishing
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
@@ -60,6 +67,12 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")] = None,
     precision: PrecisionOption = "float32",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start unfinished rounds over; their journals are kept in journal/removed.")
+    ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Go on from what is whole of a journal that was altered; a copy is kept.")
+    ] = False,
 ) -> None:
     """Evolve the tasks of an experiment.
 
@@ -68,10 +81,11 @@ def run(
     The same command goes on where an earlier one was stopped, and after a task was added; what is finished is not done again.
     """
     checked = _check_precision(precision)
+    if restart and recover:
+        raise SettingsError("found --restart and --recover", "one of them")
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
     console = rich.console.Console()
-    opened, active = _prepare(settings, chosen, system, console)
     plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
     observer = ProgressObserver(console)
 
@@ -85,14 +99,17 @@ def run(
         closed.append(name)
         publish()
 
-    try:
+    def look_at_unfinished(opened: System, name: str) -> None:
+        if recover:
+            _tell_aside(console, opened, name, recover_search, "goes on from what is whole")
+        if not restart:
+            check_unfinished(opened, name, plan.to_dict())
+
+    with _saying_how_to_go_on(observer):
+        opened, active = _prepare(settings, chosen, system, console, look_at_unfinished)
+        for active_task, _ in active if restart else ():
+            _tell_aside(console, opened, active_task.name, restart_search, "starts over")
         run_rounds(opened, active, plan, observer, finish)
-    except KeyboardInterrupt:
-        observer.stop()
-        typer.echo("interrupted; nothing that was finished is lost: the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        observer.stop()
     if not closed:
         rounds_had = _counted(settings.search.rounds, "round")
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
@@ -109,12 +126,21 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
     parameters: of the task's whole path. own: of layers that neither the root nor another task uses.
 
     accounted: each layer's parameters divided by the number of tasks that use it.
+
+    lineage: one hash of all that was decided, trained and kept; equal for two runs of one experiment, however often they were stopped.
     """
-    summary = summarise(System.open(system))
+    opened = System.open(system)
+    summary = summarise(opened)
+    try:
+        lineage = lineage_hash(opened)
+    except DamagedError as error:
+        typer.echo(f"warning: no lineage: {error}", err=True)
+        lineage = None
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
+        typer.echo(json.dumps({**dataclasses.asdict(summary), "lineage_hash": lineage}, indent=2))
     else:
         _print_summary(summary, rich.console.Console())
+        typer.echo(f"lineage {lineage or 'unknown'}")
 
 
 @app.command()
@@ -148,6 +174,32 @@ def remove(
 
 
 @app.command()
+def gc(
+    system: SystemFolder,
+    delete: Annotated[bool, typer.Option("--delete", help="Do it; without, nothing is changed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what nothing refers to any more and compress the journals of closed searches; says what and how many bytes.
+
+    Safe at any moment, also beside running searches. Whatever an unfinished search needs to go on stays.
+
+    To be free of a search that nobody will finish, `munet-evolve remove` its task or start it over with `run --restart`.
+    """
+
+    def say_that_it_waits() -> None:
+        typer.echo("waiting until others have stored or published what they are at", err=True)
+
+    opened = System.open(system)
+    collection = collect(opened, delete=delete, waits=say_that_it_waits)
+    for sentence in collection.left:
+        typer.echo(f"warning: left as it is: {sentence}", err=True)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(collection) | {"num_bytes": collection.num_bytes}, indent=2, default=str))
+    else:
+        _print_collection(collection)
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[pathlib.Path, typer.Argument(metavar="RECIPE.toml", help="Settings of the pretraining.")],
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="FILE", help="Where to write the root (.safetensors).")],
@@ -178,11 +230,40 @@ def main() -> None:
     """Runs the command line; what a person can mend is printed, without a traceback, with exit status 2."""
     # Read when torch loads: threads that wait in a busy loop slow a search several times over beside another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with interruptible():
+        try:
+            app()
+        except EvolveError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except Interrupted as signal:
+            typer.echo("interrupted", err=True)
+            sys.exit(signal.status)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(observer: ProgressObserver) -> Iterator[None]:
+    """Ends the live view, and the command if it is interrupted."""
     try:
-        app()
-    except EvolveError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        yield
+    except Interrupted as signal:
+        observer.stop()
+        # Not --restart: what was done since would be done over.
+        command = shlex.join(["munet-evolve", *(word for word in sys.argv[1:] if word != "--restart")])
+        typer.echo(f"interrupted; nothing that was finished is lost: the same command goes on from here: {command}", err=True)
+        raise typer.Exit(signal.status) from None
+    finally:
+        observer.stop()
+
+
+def _tell_aside(
+    console: rich.console.Console, system: System, task: str, act: Callable[[System, str], pathlib.Path | None], does: str
+) -> None:
+    """Does something with a task's unfinished search that leaves its journal, or a copy of it, elsewhere."""
+    with system.evolving(task):
+        aside = act(system, task)
+    if aside is not None:
+        console.print(f"{task}: {does}; the journal it had is {aside}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _override(settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None) -> Experiment:
@@ -212,7 +293,11 @@ def _choose_tasks(settings: Experiment, names: list[str] | None) -> tuple[TaskSe
 
 
 def _prepare(
-    settings: Experiment, chosen: tuple[TaskSettings, ...], folder: pathlib.Path, console: rich.console.Console
+    settings: Experiment,
+    chosen: tuple[TaskSettings, ...],
+    folder: pathlib.Path,
+    console: rich.console.Console,
+    look_at_unfinished: Callable[[System, str], None],
 ) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
     """Loads data and root before anything is written, and returns the system with the tasks that have rounds to do."""
     from evolve.data.load import doubts_about_quality, load_task
@@ -226,6 +311,10 @@ def _prepare(
         check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), settings.defaults.image_size)
     records = system.tasks() if system is not None else {}
     pending = [task for task in chosen if task.name not in records or records[task.name].rounds < settings.search.rounds]
+    if system is not None:
+        # First as well.
+        for task in pending:
+            look_at_unfinished(system, task.name)
     datasets = []
     for task in pending:
         started = time.monotonic()
@@ -344,6 +433,22 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
     if len(summary.tasks) > 1:
         line += f"; {len(summary.tasks)} separate models would have {summary.separate_parameters:,}"
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_collection(collection: Collection) -> None:
+    for kind in Kind:
+        found = [one.num_bytes for one in collection.garbage if one.kind is kind]
+        if found:
+            typer.echo(f"{_counted(len(found), kind)}: {sum(found):,} bytes")
+    if collection.journals:
+        before, after = (sum(getattr(one, which) for one in collection.journals) for which in ("before", "after"))
+        typer.echo(f"{_counted(len(collection.journals), 'journal')} to compress: {before:,} bytes to {after:,}")
+    if collection.unfinished:
+        typer.echo(f"kept for searches that are not finished: what {', '.join(collection.unfinished)} names")
+    if collection.deleted:
+        typer.echo(f"freed {collection.num_bytes:,} bytes")
+    else:
+        typer.echo(f"would free {collection.num_bytes:,} bytes; --delete does it")
 
 
 def _counted(number: int, noun: str) -> str:
