@@ -208,15 +208,21 @@ class System:
     # Layers
 
     def put_layer(self, spec: LayerSpec, tensors: Tensors) -> Layer:
-        """Writes a layer unless it is there, and returns it."""
+        """Writes a layer unless it is there whole, and returns it."""
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         layer = Layer.of(spec, contiguous)
-        target = self._layer_file(layer.id)
-        if not target.exists():
+        if not self._has_layer(layer.id):
             metadata = {"kind": spec.kind.value, "config": json.dumps(spec.config, sort_keys=True)}
-            self._write(target, safetensors.numpy.save(contiguous, metadata))
+            self._write(self._layer_file(layer.id), safetensors.numpy.save(contiguous, metadata))
         self._layers[layer.id] = layer
         return layer
+
+    def _has_layer(self, layer_id: str) -> bool:
+        try:
+            self.check_layer(layer_id)
+        except DamagedError:
+            return False
+        return True
 
     def layer(self, layer_id: str) -> Layer:
         """Returns a stored layer without its weights.
@@ -271,10 +277,10 @@ class System:
     # Paths
 
     def put_path(self, path: Path) -> None:
-        """Writes a path unless it is there. Its layers must be stored already."""
-        target = self._path_file(path.id)
-        if not target.exists():
-            self._write(target, _to_json(path_to_dict(path)))
+        """Writes a path unless it is there whole. Its layers must be stored already."""
+        target, data = self._path_file(path.id), _to_json(path_to_dict(path))
+        if not target.exists() or target.read_bytes() != data:
+            self._write(target, data)
 
     def path_document(self, path_id: str) -> dict[str, Any]:
         """Returns what `path_to_dict` wrote of a path; its layers are not looked at.
