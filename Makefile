@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-serve bench-search bench-characters format proto clean
+.PHONY: help demo test check bench-serve bench-search bench-characters bench-kills format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training
 
 bench-characters: $(READY) ## Measure Q1, Q2, Q3 and Q8: searches beside their baselines (hours; goes on where it was stopped)
 	@$(BIN)/python -m benchmarks.characters --results benchmarks/results
+
+bench-kills: $(READY) ## Measure Q5: what ten kills cost a search beside the work they lose (15 minutes)
+	@$(BIN)/python -m benchmarks.kills --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .

@@ -12,8 +12,9 @@ Q7  (wall - train - evaluate) / wall, summed over all searches. Wall is from the
 Q6  Bytes that a task adds to the system's folder / bytes of a full checkpoint, the mean over the tasks; it may be the share of parameters
     of its own plus 2 %. Counted are the files that the task's current path needs and nobody else: its layers that neither the root nor
     another task uses, the path, the task's record, its example images and all its journals. The checkpoint is one safetensors file of a
-    root of all its blocks with the task's head. The share is the parameters in the layers counted over those of the checkpoint. What else
-    is in the folder (layers of paths that were dropped) is garbage: it is left out of the figure and reported beside it.
+    root of all its blocks with the task's head. The share is the parameters in the layers counted over those of the checkpoint. It is
+    taken after `munet-evolve gc --delete`, which removes the layers of paths that were dropped and compresses the journals; what that
+    freed is reported beside it.
 
 Prints JSON lines, the last one sums up; without --smoke it takes about 5 minutes on two cores.
 """
@@ -30,13 +31,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import safetensors.numpy
 
 from benchmarks.reporting import TOP, Report, Target, add_arguments, rounded
+from evolve.collecting import collect
 from evolve.journal import child_records, read_journal
 from evolve.layer import HEAD, POS_EMBED
 from evolve.path import Path
@@ -156,9 +156,9 @@ class Spent:
 def report_time(system: System, command_seconds: float, report: Report) -> None:
     """Reports Q7."""
     total = Spent()
-    for file in journals(system):
-        spent = spent_of(file)
-        report.line(figure="Q7", journal=file.stem, **spent.to_json())
+    for journal in system.journals():
+        spent = spent_of(journal.file)
+        report.line(figure="Q7", journal=f"{journal.task}-{journal.round + 1:04d}", **spent.to_json())
         total += spent
     report.line(figure="Q7", journal="all", **total.to_json())
     command = dataclasses.replace(total, wall=command_seconds)
@@ -180,16 +180,14 @@ def spent_of(journal: pathlib.Path) -> Spent:
     )
 
 
-def journals(system: System, task: str = "*") -> Iterator[pathlib.Path]:
-    """Yields the journals of a task, or of all."""
-    yield from sorted((system.folder / "journal").glob(f"{task}-????.jsonl"))
-
-
 # Q6
 
 
 def report_bytes(system: System, report: Report) -> None:
-    """Reports Q6."""
+    """Collects garbage and reports Q6."""
+    collection = collect(system, delete=True)
+    freed = sum(journal.before - journal.after for journal in collection.journals)
+    report.line(figure="Q6", freed_bytes={"garbage": collection.num_bytes - freed, "journals": freed})
     records = system.tasks()
     paths = {name: system.path(record.path_id) for name, record in records.items()}
     users = collections.Counter(layer_id for path in paths.values() for layer_id in path.layer_ids)
@@ -200,7 +198,7 @@ def report_bytes(system: System, report: Report) -> None:
         own = {layer for _, layer in path.layers if users[layer.id] == 1 and layer.id not in roots}
         files = {
             "layers": [layer_file(system, layer.id) for layer in own],
-            "journals": list(journals(system, name)),
+            "journals": [journal.file for journal in system.journals(name)],
             "records": [
                 system.folder / "tasks" / f"{name}.json",
                 system.folder / "paths" / f"{path.id}.json",
@@ -215,26 +213,14 @@ def report_bytes(system: System, report: Report) -> None:
             figure="Q6",
             task=name,
             bytes=sizes,
-            journal_bytes_deflated=sum(len(zlib.compress(file.read_bytes())) for file in files["journals"]),
             journal_bytes_per_child=round(sizes["journals"] / sum(spent_of(file).children for file in files["journals"])),
             checkpoint_bytes=checkpoint_bytes,
             ratio=rounded(ratios[-1]),
             own_parameters_share=rounded(shares[-1]),
             beyond=rounded(ratios[-1] - shares[-1]),
         )
-    report_folder(system, paths, report)
     ratio, share = statistics.mean(ratios), statistics.mean(shares)
     report.figure("Q6", ratio, Target("<=", share + ALLOWANCE), f"own parameters' share {share:.4f} + {ALLOWANCE}")
-
-
-def report_folder(system: System, paths: dict[str, Path], report: Report) -> None:
-    """Reports what is in the system's folder by now, and how much of that nothing needs."""
-    needed = {layer_id for path in (system.root, *paths.values()) for layer_id in path.layer_ids}
-    every = {file: file.stat().st_size for file in system.folder.rglob("*") if file.is_file()}
-    dropped = sum(size for file, size in every.items() if file.suffix == ".safetensors" and file.stem not in needed)
-    kept_paths = {system.root.id, *(path.id for path in paths.values())}
-    dropped += sum(size for file, size in every.items() if file.parent.name == "paths" and file.stem not in kept_paths)
-    report.line(figure="Q6", folder_bytes=sum(every.values()), of_dropped_paths=dropped)
 
 
 def layer_file(system: System, layer_id: str) -> pathlib.Path:

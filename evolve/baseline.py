@@ -33,7 +33,7 @@ from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan,
 from evolve.hyperparameters import Group, Hyperparameters, tunables
 from evolve.journal import FORMAT, Journal, Record, read_journal
 from evolve.layer import HEAD, NORM, PATCH_EMBED, POS_EMBED, LayerKind, Position
-from evolve.opening import describe_differences
+from evolve.opening import describe, differences
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.sampling import derive_generator, derive_seed
 from evolve.search import SearchPlan
@@ -418,10 +418,10 @@ class _Baseline:
 
 
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    found = describe_differences(begun, identity)
+    found = list(differences({name: begun.get(name) for name in identity}, identity))
     if found:
         raise SettingsError(
-            f"found a baseline in {file} begun otherwise: {'; '.join(found)}",
+            f"found a baseline in {file} begun otherwise: {describe(found)}",
             "what it began with",
             "go back to that, or remove the file to start this baseline over",
         )

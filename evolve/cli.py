@@ -1,18 +1,21 @@
 """munet-evolve: the command line of the offline half. Builds and wires; everything else lives elsewhere.
 
-Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 interrupted.
+Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 ended by SIGINT (Ctrl-C), 143 by
+SIGTERM. A second such signal ends it at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import rich.console
@@ -21,10 +24,14 @@ import typer
 
 from evolve.baseline import BaselinePlan, Method, is_finished, run_baselines
 from evolve.closing import ActiveTask
+from evolve.collecting import Collection, Kind, collect
 from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.generation import Trainer
+from evolve.interruption import Interrupted, interruptible
 from evolve.layer import PATCH_EMBED, LayerKind
+from evolve.lineage import lineage_hash
+from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.progress import BaselineListener, ProgressObserver, loading, publishing
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
@@ -63,6 +70,12 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = "float32",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start unfinished rounds over; their journals are kept in journal/removed.")
+    ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Go on from what is whole of a journal that was altered; a copy is kept.")
+    ] = False,
 ) -> None:
     """Evolve the tasks of an experiment.
 
@@ -71,15 +84,11 @@ def run(
     The same command goes on where an earlier one was stopped, and after a task was added; what is finished is not done again.
     """
     checked = _check_precision(precision)
+    if restart and recover:
+        raise SettingsError("found --restart and --recover", "one of them")
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
     console = rich.console.Console()
-
-    def is_pending(found: System | None, name: str) -> bool:
-        record = found.tasks().get(name) if found is not None else None
-        return record is None or record.rounds < settings.search.rounds
-
-    opened, active = _prepare(settings, chosen, system, console, is_pending)
     plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
     observer = ProgressObserver(console)
 
@@ -93,14 +102,21 @@ def run(
         closed.append(name)
         publish()
 
-    try:
+    def is_pending(found: System, name: str) -> bool:
+        record = found.tasks().get(name)
+        if record is not None and record.rounds >= settings.search.rounds:
+            return False
+        if recover:
+            _tell_aside(console, found, name, recover_search, "goes on from what is whole")
+        if not restart:
+            check_unfinished(found, name, plan.to_dict())
+        return True
+
+    with _saying_how_to_go_on(observer):
+        opened, active = _prepare(settings, chosen, system, console, is_pending)
+        for active_task, _ in active if restart else ():
+            _tell_aside(console, opened, active_task.name, restart_search, "starts over")
         run_rounds(opened, active, plan, observer, finish)
-    except KeyboardInterrupt:
-        observer.stop()
-        typer.echo("interrupted; nothing that was finished is lost: the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        observer.stop()
     if not closed:
         rounds_had = _counted(settings.search.rounds, "round")
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
@@ -138,15 +154,12 @@ def baseline(
     plan = BaselinePlan(search, len(settings.tasks), replicas)
     console = rich.console.Console()
 
-    def is_pending(found: System | None, name: str) -> bool:
-        return found is None or not is_finished(found, wanted, name, plan)
+    def is_pending(found: System, name: str) -> bool:
+        return not is_finished(found, wanted, name, plan)
 
-    opened, active = _prepare(settings, chosen, system, console, is_pending, wanted.check)
-    try:
+    with _saying_how_to_go_on():
+        opened, active = _prepare(settings, chosen, system, console, is_pending, wanted.check)
         run_baselines(opened, active, wanted, plan, BaselineListener(console))
-    except KeyboardInterrupt:
-        typer.echo("interrupted; no finished replica is lost: the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     if not active:
         console.print(f"nothing to do: {wanted} is finished for every task", highlight=False, soft_wrap=True)
 
@@ -160,12 +173,21 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
     parameters: of the task's whole path. own: of layers that neither the root nor another task uses.
 
     accounted: each layer's parameters divided by the number of tasks that use it.
+
+    lineage: one hash of all that was decided, trained and kept; equal for two runs of one experiment, however often they were stopped.
     """
-    summary = summarise(System.open(system))
+    opened = System.open(system)
+    summary = summarise(opened)
+    try:
+        lineage = lineage_hash(opened)
+    except DamagedError as error:
+        typer.echo(f"warning: no lineage: {error}", err=True)
+        lineage = None
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
+        typer.echo(json.dumps({**dataclasses.asdict(summary), "lineage_hash": lineage}, indent=2))
     else:
         _print_summary(summary, rich.console.Console())
+        typer.echo(f"lineage {lineage or 'unknown'}")
 
 
 @app.command()
@@ -199,6 +221,32 @@ def remove(
 
 
 @app.command()
+def gc(
+    system: SystemFolder,
+    delete: Annotated[bool, typer.Option("--delete", help="Do it; without, nothing is changed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what nothing refers to any more and compress the journals of closed searches; says what and how many bytes.
+
+    Safe at any moment, also beside running searches. Whatever an unfinished search needs to go on stays.
+
+    To be free of a search that nobody will finish, `munet-evolve remove` its task or start it over with `run --restart`.
+    """
+
+    def say_that_it_waits() -> None:
+        typer.echo("waiting until others have stored or published what they are at", err=True)
+
+    opened = System.open(system)
+    collection = collect(opened, delete=delete, waits=say_that_it_waits)
+    for sentence in collection.left:
+        typer.echo(f"warning: left as it is: {sentence}", err=True)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(collection) | {"num_bytes": collection.num_bytes}, indent=2, default=str))
+    else:
+        _print_collection(collection)
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[pathlib.Path, typer.Argument(metavar="RECIPE.toml", help="Settings of the pretraining.")],
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="FILE", help="Where to write the root (.safetensors).")],
@@ -229,11 +277,41 @@ def main() -> None:
     """Runs the command line; what a person can mend is printed, without a traceback, with exit status 2."""
     # Read when torch loads: threads that wait in a busy loop slow a search several times over beside another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with interruptible():
+        try:
+            app()
+        except EvolveError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except Interrupted as signal:
+            typer.echo("interrupted", err=True)
+            sys.exit(signal.status)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(observer: ProgressObserver | None = None) -> Iterator[None]:
+    """Ends the live view, if there is one, and the command if it is interrupted."""
+    stop = observer.stop if observer is not None else lambda: None
     try:
-        app()
-    except EvolveError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        yield
+    except Interrupted as signal:
+        stop()
+        # Not --restart: what was done since would be done over.
+        command = shlex.join(["munet-evolve", *(word for word in sys.argv[1:] if word != "--restart")])
+        typer.echo(f"interrupted; nothing that was finished is lost: the same command goes on from here: {command}", err=True)
+        raise typer.Exit(signal.status) from None
+    finally:
+        stop()
+
+
+def _tell_aside(
+    console: rich.console.Console, system: System, task: str, act: Callable[[System, str], pathlib.Path | None], does: str
+) -> None:
+    """Does something with a task's unfinished search that leaves its journal, or a copy of it, elsewhere."""
+    with system.evolving(task):
+        aside = act(system, task)
+    if aside is not None:
+        console.print(f"{task}: {does}; the journal it had is {aside}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _override(settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None) -> Experiment:
@@ -267,7 +345,7 @@ def _prepare(
     chosen: tuple[TaskSettings, ...],
     folder: pathlib.Path,
     console: rich.console.Console,
-    is_pending: Callable[[System | None, str], bool],
+    is_pending: Callable[[System, str], bool],
     check_blocks: Callable[[int], None] = lambda _num_blocks: None,
 ) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
     """Loads data and root before anything is written, and returns the system with the tasks that have something to do."""
@@ -284,7 +362,8 @@ def _prepare(
     else:
         check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), settings.defaults.image_size)
         check_blocks(system.root.num_blocks)
-    pending = [task for task in chosen if is_pending(system, task.name)]
+    # First as well.
+    pending = [task for task in chosen if system is None or is_pending(system, task.name)]
     datasets = []
     for task in pending:
         started = time.monotonic()
@@ -403,6 +482,22 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
     if len(summary.tasks) > 1:
         line += f"; {len(summary.tasks)} separate models would have {summary.separate_parameters:,}"
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_collection(collection: Collection) -> None:
+    for kind in Kind:
+        found = [one.num_bytes for one in collection.garbage if one.kind is kind]
+        if found:
+            typer.echo(f"{_counted(len(found), kind)}: {sum(found):,} bytes")
+    if collection.journals:
+        before, after = (sum(getattr(one, which) for one in collection.journals) for which in ("before", "after"))
+        typer.echo(f"{_counted(len(collection.journals), 'journal')} to compress: {before:,} bytes to {after:,}")
+    if collection.unfinished:
+        typer.echo(f"kept for searches that are not finished: what {', '.join(collection.unfinished)} names")
+    if collection.deleted:
+        typer.echo(f"freed {collection.num_bytes:,} bytes")
+    else:
+        typer.echo(f"would free {collection.num_bytes:,} bytes; --delete does it")
 
 
 def _counted(number: int, noun: str) -> str:

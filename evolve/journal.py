@@ -1,20 +1,26 @@
 """The record of one search: append-only, one JSON object a line, each with a checksum, in the order in which things happened.
 
     {"crc32": "…", "sequence": 0, "type": "open", "format": 1, …}   what the search starts from: settings, data, the snapshot
-    {"crc32": "…", "sequence": 1, "type": "generation", …}          the children sampled together, with parents and mutations
-    {"crc32": "…", "sequence": 2, "type": "pack", …}                results of children that were trained together
+    {"crc32": "…", "sequence": 1, "type": "generation", …}          the children sampled together: of each its parent, mutations,
+                                                                    hyperparameters, where its layers come from, its seed
+    {"crc32": "…", "sequence": 2, "type": "pack", …}                results of children that were trained together: of each its path,
+                                                                    quality after each interval, score, whether it survived or the
+                                                                    `reason` why not, layers, trained images, FLOPs, seconds
     …
     {"crc32": "…", "sequence": n, "type": "close", …}               the path that became current, and its test accuracy
 
 `crc32` (8 hex digits) is of the rest of the object in canonical JSON: keys sorted, no spaces. A line is written and synced whole
 before anything that depends on it happens; a search that was killed leaves at most one torn line, the last, which is dropped when
 the journal is opened again. Everything but `seconds` fields follows from the first line, so that a search can go on after the last
-finished pack and end as if it had never stopped.
+finished pack and end as if it had never stopped. Fields that came later (`reason`) are missing from older journals.
+
+A closed journal may be compressed: `a-0001.jsonl.gz` instead of `a-0001.jsonl`. It is read under either name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
@@ -23,10 +29,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evolve.errors import DamagedError, SystemFolderError
-from munet.files import make_folder, sync_folder
+from munet.files import make_folder, sync_folder, write_atomically
 
 FORMAT = 1
 """Version of the records."""
+
+_COMPRESSED = ".gz"
 
 Record = dict[str, Any]
 
@@ -38,13 +46,17 @@ class Journal:
     """
 
     def __init__(self, file: pathlib.Path) -> None:
-        """Opens a journal, made if missing; a torn last line is cut off.
+        """Opens a journal, made if missing; a torn last line is cut off, a compressed one unpacked.
 
         Raises:
             DamagedError: a line that was written whole is altered.
             SystemFolderError: a newer format, or the file cannot be opened for writing.
         """
         self.file = file
+        try:
+            _unpack(file)
+        except OSError as error:
+            raise _unwritable(file, error) from error
         self.records, self._length = _parse(file)
         try:
             make_folder(file.parent)
@@ -93,11 +105,63 @@ class Journal:
 def read_journal(file: pathlib.Path) -> list[Record]:
     """Returns the whole records of a journal without touching it; a torn last line is left out.
 
+    Args:
+        file: plain or compressed; if a plain one is gone, the compressed one of the same name is read.
+
     Raises:
         DamagedError: it cannot be read, or a line that was written whole is altered.
         SystemFolderError: a newer format.
     """
     return _parse(file)[0]
+
+
+def compressed_file(file: pathlib.Path) -> pathlib.Path:
+    """Returns what a plain journal is called once it is compressed."""
+    return file.with_name(f"{file.name}{_COMPRESSED}")
+
+
+def compress_journal(file: pathlib.Path, *, write: bool = True) -> int:
+    """Compresses a plain journal that nothing is appended to any more; killed at any moment, it can still be read.
+
+    Args:
+        file: the plain journal.
+        write: False changes nothing.
+
+    Returns:
+        The bytes that it takes compressed.
+
+    Raises:
+        DamagedError: it cannot be read or is altered, and stays as it is.
+        SystemFolderError: a newer format, or the folder cannot be written.
+    """
+    _parse(file)
+    # The same bytes whenever it is done: no time in the header.
+    data = gzip.compress(_read(file), compresslevel=9, mtime=0)
+    if write:
+        try:
+            write_atomically(compressed_file(file), data)
+            file.unlink()
+            sync_folder(file.parent)
+        except OSError as error:
+            raise _unwritable(file, error) from error
+    return len(data)
+
+
+def cut_to_whole(file: pathlib.Path) -> list[Record]:
+    """Cuts a plain journal in front of its first line that is altered or torn, and returns the records that are left.
+
+    Raises:
+        DamagedError: it cannot be read.
+        SystemFolderError: a newer format, or the file cannot be written.
+    """
+    records, length, _ = _parse_whole(file)
+    try:
+        with file.open("r+b") as stream:
+            stream.truncate(length)
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    return records
 
 
 def child_records(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
@@ -116,23 +180,30 @@ def child_records(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
 
 def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
     """Returns the whole records and the number of bytes they take."""
-    try:
-        *lines, _torn = file.read_bytes().split(b"\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return [], 0
-    except OSError as error:
-        raise DamagedError(f"could not read {file} ({error.strerror})", "a journal that can be read") from error
+    records, length, altered = _parse_whole(file)
+    if altered is not None:
+        raise DamagedError(
+            f"found an altered line {altered} in {file}",
+            "what was written",
+            f"{_described(records)}: restore the file from a copy; without one, "
+            "`munet-evolve run` with --recover keeps what is whole of an unfinished search and trains the rest again, "
+            "--restart starts its round over; nothing else needs the journal of a closed search",
+        )
+    return records, length
+
+
+def _parse_whole(file: pathlib.Path) -> tuple[list[Record], int, int | None]:
+    """Returns the records up to the first altered or torn line, the bytes they take, and the altered line's number, counted from 1."""
+    *lines, _torn = _read(file).split(b"\n")
     records: list[Record] = []
     length = 0
+    altered = None
     for number, line in enumerate(lines):
         record = _parse_line(line, number)
         if record is None:
             # A write that was cut short never left its line break, the last byte, behind.
-            raise DamagedError(
-                f"found an altered line {number + 1} in {file}",
-                "what was written",
-                "restore the file, or remove it to start over",
-            )
+            altered = number + 1
+            break
         records.append(record)
         length += len(line) + 1
     if records and records[0].get("format", FORMAT) != FORMAT:
@@ -141,7 +212,44 @@ def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
             f"format {FORMAT}",
             "use the version of munet that wrote it",
         )
-    return records, length
+    return records, length, altered
+
+
+def _read(file: pathlib.Path) -> bytes:
+    """Returns what is in a journal, plain; nothing if there is none."""
+    # Others may compress or unpack it meanwhile; they write the one before they remove the other.
+    for candidate in (file, compressed_file(file), file):
+        try:
+            data = candidate.read_bytes()
+            return gzip.decompress(data) if candidate.suffix == _COMPRESSED else data
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, EOFError, zlib.error) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise DamagedError(
+                f"could not read {candidate} ({reason})",
+                "a journal that can be read",
+                "restore the file from a copy; nothing else needs the journal of a closed search",
+            ) from error
+    return b""
+
+
+def _unpack(file: pathlib.Path) -> None:
+    """Makes a compressed journal plain again, for whoever wants to append."""
+    packed = compressed_file(file)
+    if packed.exists():
+        if not file.exists():
+            write_atomically(file, _read(file))
+        packed.unlink(missing_ok=True)
+
+
+def _described(records: Sequence[Record]) -> str:
+    """Says what stands before an altered line."""
+    generations = sum(record["type"] == "generation" for record in records)
+    children = sum(len(record.get("children", ())) for record in records if record["type"] == "pack")
+    lines = "the line before it is" if len(records) == 1 else f"the {len(records)} lines before it are"
+    planned = f"{generations} generation{'s' * (generations != 1)} planned, {children} child{'ren' * (children != 1)} finished"
+    return f"{lines} whole ({planned})" if records else "no line before it is whole"
 
 
 def _parse_line(line: bytes, number: int) -> Record | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from evolve.closing import ActiveTask, publish_task
@@ -248,8 +248,11 @@ class _Search:
             self.observer.child_finished(generation.children[index], row)
         if missing:
             for pack in self.trainer.train(dataclasses.replace(generation, children=missing)):
-                rows = [self._judge(generation.children[result.index], result) for result in pack.children]
-                for row in self.journal.append("pack", {"generation": generation.index, "children": rows})["children"]:
+                # Until the journal names the survivors' layers, nobody may take them for garbage.
+                with self.system.storing():
+                    rows = [self._judge(generation.children[result.index], result) for result in pack.children]
+                    record = self.journal.append("pack", {"generation": generation.index, "children": rows})
+                for row in record["children"]:
                     known[row["index"]] = row
                     self.observer.child_finished(generation.children[row["index"]], row)
         if len(known) != len(generation.children):
@@ -290,6 +293,7 @@ class _Search:
             "score": path_score,
             "parent_score": parent_score,
             "survived": survived,
+            "reason": None if survived else f"score {path_score:.6g} is not above its parent's {parent_score:.6g}",
             "accounted_parameters": accounted_parameters(path, self.sharing),
             "layers": [[str(position), layer.id] for position, layer in path.layers],
             "num_trained_images": result.num_trained_images,
@@ -323,11 +327,11 @@ class _Search:
         written = self.journal.of_type("generation")
         if generation.index >= len(written):
             self.journal.append("generation", fields)
-        elif any(written[generation.index][name] != value for name, value in fields.items()):
+        elif not _agrees(written[generation.index], fields):
             raise DamagedError(
                 f"found generation {generation.index} in {self.journal.file} planned otherwise than now",
                 "the same plan from the same settings",
-                "finish the search with the version of munet that began it, or remove the journal to start it over",
+                "finish the search with the version of munet that began it, or add --restart to start its round over",
             )
 
     # Closing
@@ -353,18 +357,19 @@ class _Search:
         """Examines the winner, the one look at the test split, and writes the last record."""
         started = time.monotonic()
         examples = self.trainer.examine(best.path)
-        return self.journal.append(
-            "close",
-            {
-                "path_id": best.path.id,
-                "quality": best.path.quality,
-                "score": best.score,
-                "num_children": best.num_children,
-                "test_accuracy": examples.test_accuracy,
-                "examples": self.system.put_examples(examples.images),
-                "seconds": {"examine": time.monotonic() - started, "wall": time.monotonic() - self.started},
-            },
-        )
+        with self.system.storing():
+            return self.journal.append(
+                "close",
+                {
+                    "path_id": best.path.id,
+                    "quality": best.path.quality,
+                    "score": best.score,
+                    "num_children": best.num_children,
+                    "test_accuracy": examples.test_accuracy,
+                    "examples": self.system.put_examples(examples.images),
+                    "seconds": {"examine": time.monotonic() - started, "wall": time.monotonic() - self.started},
+                },
+            )
 
 
 def check_image_size(patch_size: int, image_size: int) -> None:
@@ -379,6 +384,15 @@ def check_image_size(patch_size: int, image_size: int) -> None:
             f"a multiple of the root's patch size {patch_size}",
             f"try {max(1, round(image_size / patch_size)) * patch_size}",
         )
+
+
+def _agrees(written: Any, planned: Any) -> bool:
+    """Whether a journal says what is planned now; an earlier version may have said less."""
+    if isinstance(written, Mapping) and isinstance(planned, Mapping):
+        return all(_agrees(written[name], value) for name, value in planned.items() if name in written)
+    if isinstance(written, list) and isinstance(planned, list):
+        return len(written) == len(planned) and all(map(_agrees, written, planned))
+    return bool(written == planned)
 
 
 def _layer_of(plan: LayerPlan, result: ChildResult) -> Layer:

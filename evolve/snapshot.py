@@ -45,8 +45,8 @@ class Snapshot:
         return {record.path_id: record.parent_id for record in self.records.values()}
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Returns the records as JSON values, for the journal."""
-        return [dataclasses.asdict(record) for record in self.records.values()]
+        """Returns the records as JSON values, for the journal; what no decision depends on is empty: each journal has all tasks."""
+        return [dataclasses.asdict(record) | {"labels": [], "examples": "", "settings": {}} for record in self.records.values()]
 
     @staticmethod
     def from_list(system: System, rows: Sequence[Mapping[str, Any]]) -> Snapshot:

@@ -5,10 +5,11 @@
     paths/<id>.json         one path each
     tasks/<name>.json       a task: which path is current, and what the search must remember of it
     examples/<hash>.npy     a few validation images of a task
-    journal/<task>-0001.jsonl   the record of one search, see evolve.journal
-    journal/removed/        those of tasks that were removed
+    journal/<task>-0001.jsonl   the record of one search, see evolve.journal; `….jsonl.gz` once compressed
+    journal/removed/        those of tasks that were removed and of searches that were started over
     baselines/<method>/<task>.jsonl   the record of one baseline, see evolve.baseline
-    locks/                  held while a task is being evolved, records are changed or the system is being created
+    locks/                  held while a task is being evolved, records are changed or the system is being created, and while files
+                            are written or read that belong together, so that evolve.collecting takes none of them away
 
 Layers, paths and examples never change once written; only a task's file is replaced, in one rename. A crash at any moment leaves files
 that nothing refers to, never a torn one.
@@ -18,14 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
 import pathlib
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +37,7 @@ import safetensors.numpy
 
 from evolve.errors import BusyError, DamagedError, SystemFolderError
 from evolve.hyperparameters import Hyperparameters
-from evolve.journal import read_journal
+from evolve.journal import compressed_file, read_journal
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import resample
@@ -43,6 +46,13 @@ from munet.preprocessing import Pixels
 
 FORMAT = 1
 """Version of the layout described above."""
+
+_JOURNAL = re.compile(r"(.+)-([0-9]{4,})\.jsonl(?:\.gz)?")
+
+_REPAIR = (
+    "restore the file from a copy; without one, `munet-evolve remove` the tasks whose paths use it and evolve them again, "
+    "or start a search that has just trained it over with --restart"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +97,23 @@ class TaskRecord:
             KeyError, TypeError: a field is missing or unknown.
         """
         return TaskRecord(**{**values, "labels": tuple(values["labels"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class JournalFile:
+    """Where the journal of a search is.
+
+    Attributes:
+        task: that was searched.
+        round: counted from 0 over the life of the task.
+        file: plain, or compressed if there is no plain one; evolve.journal.read_journal takes both.
+        is_closed: whether its round is closed; otherwise the search runs, or goes on when it is run again.
+    """
+
+    task: str
+    round: int
+    file: pathlib.Path
+    is_closed: bool
 
 
 class System:
@@ -181,26 +208,52 @@ class System:
     # Layers
 
     def put_layer(self, spec: LayerSpec, tensors: Tensors) -> Layer:
-        """Writes a layer unless it is there, and returns it."""
+        """Writes a layer unless it is there whole, and returns it."""
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         layer = Layer.of(spec, contiguous)
-        target = self._layer_file(layer.id)
-        if not target.exists():
+        if not self._has_layer(layer.id):
             metadata = {"kind": spec.kind.value, "config": json.dumps(spec.config, sort_keys=True)}
-            self._write(target, safetensors.numpy.save(contiguous, metadata))
+            self._write(self._layer_file(layer.id), safetensors.numpy.save(contiguous, metadata))
         self._layers[layer.id] = layer
         return layer
+
+    def _has_layer(self, layer_id: str) -> bool:
+        try:
+            self.check_layer(layer_id)
+        except DamagedError:
+            return False
+        return True
 
     def layer(self, layer_id: str) -> Layer:
         """Returns a stored layer without its weights.
 
         Raises:
-            DamagedError: it is missing or cannot be read.
+            DamagedError: it is missing, altered or cannot be read.
         """
         if layer_id not in self._layers:
-            spec, tensors = self._read_layer(layer_id)
-            self._layers[layer_id] = Layer(layer_id, spec, sum(int(tensor.size) for tensor in tensors.values()))
+            self._layers[layer_id] = self.check_layer(layer_id)
         return self._layers[layer_id]
+
+    def check_layer(self, layer_id: str) -> Layer:
+        """Reads a layer's file, hashes its weights, and returns it without them.
+
+        Raises:
+            DamagedError: it is missing, altered or cannot be read.
+        """
+        found = Layer.of(*self._read_layer(layer_id))
+        if found.id != layer_id:
+            raise DamagedError(
+                f"found altered weights in {self._layer_file(layer_id)} (their hash is {found.id})", "what was written", _REPAIR
+            )
+        return found
+
+    def spec(self, layer_id: str) -> LayerSpec:
+        """Returns kind and configuration of a stored layer without reading its weights.
+
+        Raises:
+            DamagedError: it is missing or cannot be read.
+        """
+        return self._read_layer(layer_id, weights=False)[0]
 
     def tensors(self, layer_id: str) -> dict[str, Any]:
         """Returns the weights of a stored layer.
@@ -224,10 +277,18 @@ class System:
     # Paths
 
     def put_path(self, path: Path) -> None:
-        """Writes a path unless it is there. Its layers must be stored already."""
-        target = self._path_file(path.id)
-        if not target.exists():
-            self._write(target, _to_json(path_to_dict(path)))
+        """Writes a path unless it is there whole. Its layers must be stored already."""
+        target, data = self._path_file(path.id), _to_json(path_to_dict(path))
+        if not target.exists() or target.read_bytes() != data:
+            self._write(target, data)
+
+    def path_document(self, path_id: str) -> dict[str, Any]:
+        """Returns what `path_to_dict` wrote of a path; its layers are not looked at.
+
+        Raises:
+            DamagedError: it is missing or cannot be read.
+        """
+        return _read_json(self._path_file(path_id))
 
     def path(self, path_id: str) -> Path:
         """Returns a stored path.
@@ -235,7 +296,7 @@ class System:
         Raises:
             DamagedError: it or one of its layers is missing, altered or cannot be read.
         """
-        document = _read_json(self._path_file(path_id))
+        document = self.path_document(path_id)
         try:
             path = Path.of(
                 task=document["task"],
@@ -273,8 +334,9 @@ class System:
         record = self.tasks().get(name)
         if record is not None:
             self.replace_parent(record.path_id, record.parent_id)
+        for journal in self.journals(name):
+            self.set_journal_aside(journal)
         try:
-            self._set_journals_aside(name)
             self._task_file(name).unlink(missing_ok=True)
             if record is not None:
                 sync_folder(self._task_file(name).parent)
@@ -287,8 +349,7 @@ class System:
         Raises:
             SystemFolderError: there is neither.
         """
-        unfinished = {file.stem.rpartition("-")[0] for file in (self.folder / "journal").glob("*-????.jsonl")}
-        known = sorted(unfinished | self.tasks().keys())
+        known = sorted({journal.task for journal in self.journals()} | self.tasks().keys())
         if name not in known:
             raise SystemFolderError(
                 f"found no task {name!r} in {self.folder}", f"one of {known}" if known else "a system with tasks"
@@ -298,17 +359,49 @@ class System:
         """Returns where the journal of a round is, counted from 0."""
         return self.folder / "journal" / f"{task}-{round_number + 1:04d}.jsonl"
 
-    def _set_journals_aside(self, name: str) -> None:
-        """Moves a task's journals to journal/removed/, so that a later task of that name starts afresh."""
+    def journals(self, task: str | None = None) -> list[JournalFile]:
+        """Returns the journals of all searches, or of a task's: plain and compressed, by task and round; not those set aside."""
+        rounds = {name: record.rounds for name, record in self.tasks().items()}
+        found = {}
+        for file in _journals_in(self.folder / "journal"):
+            match = _JOURNAL.fullmatch(file.name)
+            if match and task in (None, match[1]):
+                found[match[1], int(match[2]) - 1] = file
+        return [JournalFile(name, number, found[name, number], number < rounds.get(name, 0)) for name, number in sorted(found)]
+
+    def baseline_journals(self) -> list[pathlib.Path]:
+        """Returns the journals of all baselines, plain and compressed, in order."""
+        return _journals_in(*sorted((self.folder / "baselines").glob("*/")))
+
+    def removed_journals(self) -> list[pathlib.Path]:
+        """Returns the journals that were set aside, plain and compressed, in order."""
+        return _journals_in(self.folder / "journal" / "removed")
+
+    def set_journal_aside(self, journal: JournalFile, *, copy: bool = False) -> pathlib.Path:
+        """Moves a journal to journal/removed/, so that a later search of the same round starts afresh, or writes a copy there.
+
+        The caller holds `publishing` and the task's lock.
+
+        Returns:
+            Where it is now.
+        """
         removed = self.folder / "journal" / "removed"
-        files = sorted((self.folder / "journal").glob(f"{name}-????.jsonl"))
-        for file in files:
+        name = f"{journal.task}-{journal.round + 1:04d}"
+        try:
             removed.mkdir(exist_ok=True)
-            earlier = len(list(removed.glob(f"{file.stem}.*.jsonl")))
-            file.rename(removed / f"{file.stem}.{earlier + 1}.jsonl")
-        if files:
+            taken = [int(number) for file in removed.glob(f"{name}.*") if (number := file.name.split(".")[1]).isdigit()]
+            plain = self.journal_file(journal.task, journal.round)
+            target = removed / f"{name}.{max(taken, default=0) + 1}.jsonl"
+            for file, new in ((plain, target), (compressed_file(plain), compressed_file(target))):
+                if copy and file.exists():
+                    write_atomically(new, file.read_bytes())
+                elif file.exists():
+                    file.rename(new)
             sync_folder(removed)
             sync_folder(removed.parent)
+        except OSError as error:
+            raise _unwritable(removed, error) from error
+        return target
 
     def replace_parent(self, old: str, new: str) -> None:
         """Gives every task whose parent is the path `old` the parent `new`. The caller holds `publishing`."""
@@ -383,19 +476,63 @@ class System:
         with self._lock("tasks", wait=True):
             yield
 
-    def _lock(self, name: str, *, wait: bool) -> contextlib.ExitStack:
-        """Takes a lock, to be held within the context that is returned.
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Keeps layers, paths and examples from being collected until something names them; waits while garbage is collected.
+
+        Whoever writes them, or finds them written, holds this from there to the record in a journal or the examination that needs
+        them. Taken before `publishing`, never within it. Any number of processes may hold it.
+        """
+        with self._lock("files", wait=True, shared=True):
+            yield
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keeps what the tasks' records name from being collected while it is read; waits while garbage is collected.
+
+        Any number of processes may hold it. In a folder that cannot be written there is nothing to wait for.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._lock("files", wait=True, shared=True))
+            except SystemFolderError as error:
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (
+                    errno.EACCES,
+                    errno.EPERM,
+                    errno.EROFS,
+                ):
+                    raise
+            yield
+
+    @contextlib.contextmanager
+    def collecting(self, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Holds the system alone, for whoever removes files: nobody is storing, reading or publishing.
+
+        Args:
+            waits: is called if others have to finish first.
+        """
+        try:
+            alone = self._lock("files", wait=False)
+        except BlockingIOError:
+            waits()
+            alone = self._lock("files", wait=True)
+        with alone, self.publishing():
+            yield
+
+    def _lock(self, name: str, *, wait: bool, shared: bool = False) -> contextlib.ExitStack:
+        """Takes a lock, alone or shared, to be held within the context that is returned.
 
         Raises:
             BlockingIOError: another process holds it, and it is not to be waited for.
         """
         file = self.folder / "locks" / f"{name}.lock"
+        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         with contextlib.ExitStack() as stack:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(file, (os.O_RDONLY if shared else os.O_RDWR) | os.O_CREAT, 0o644)
                 stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, mode)
             except BlockingIOError:
                 raise
             except OSError as error:
@@ -404,12 +541,17 @@ class System:
 
     def remove_unfinished(self) -> None:
         """Removes what killed processes left half-written; what others are writing stays."""
-        parts = [self.folder / name for name in ("paths", "tasks", "examples")]
         try:
-            for folder in (self.folder, *filter(pathlib.Path.is_dir, parts), *(self.folder / "layers").glob("*/")):
+            for folder in self.written_folders():
                 remove_unfinished(folder)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
+
+    def written_folders(self) -> list[pathlib.Path]:
+        """Returns the folders in which files are written."""
+        parts = [self.folder / name for name in ("paths", "tasks", "examples", "journal", "journal/removed")]
+        parts += [*(self.folder / "baselines").glob("*/"), *(self.folder / "layers").glob("*/")]
+        return [self.folder, *filter(pathlib.Path.is_dir, parts)]
 
     # Verification
 
@@ -420,21 +562,51 @@ class System:
             One sentence for each thing that is wrong; empty if all is well.
         """
         findings: list[str] = []
-        for file in sorted((self.folder / "layers").glob("*/*.safetensors")):
-            findings += _findings(self._verify_layer, file.stem)
-        for file in sorted((self.folder / "paths").glob("*.json")):
-            findings += _findings(self.path, file.stem)
-        for file in sorted((self.folder / "tasks").glob("*.json")):
-            findings += _findings(self._verify_task, file)
-        for file in sorted((self.folder / "journal").rglob("*.jsonl")):
-            findings += _findings(read_journal, file)
-        return findings
+        with self.reading():
+            for file in sorted((self.folder / "layers").glob("*/*.safetensors")):
+                findings += _findings(self.check_layer, file.stem)
+            for file in sorted((self.folder / "paths").glob("*.json")):
+                findings += _findings(self.path, file.stem)
+            for file in sorted((self.folder / "tasks").glob("*.json")):
+                findings += _findings(self._verify_task, file)
+            for journal in self.journals():
+                findings += _findings(self._verify_journal, journal)
+            for file in (*self.removed_journals(), *self.baseline_journals()):
+                findings += _findings(read_journal, file)
+        # A damaged layer is found again in each path that uses it.
+        return list(dict.fromkeys(findings))
 
-    def _verify_layer(self, layer_id: str) -> None:
-        spec, tensors = self._read_layer(layer_id)
-        found = Layer.of(spec, tensors).id
-        if found != layer_id:
-            raise DamagedError(f"found content {found} in layer {layer_id}", "what was written", "restore the file")
+    def _verify_journal(self, journal: JournalFile) -> None:
+        records = read_journal(journal.file)
+        if records:
+            self.check_journal(journal, records[0])
+            if journal.is_closed and records[-1]["type"] != "close":
+                raise DamagedError(
+                    f"found no last record in {journal.file}, though its round is closed",
+                    "what was written",
+                    "restore the file from a copy; nothing else needs the journal of a closed search",
+                )
+        if not journal.is_closed:
+            for record in records:
+                for child in record["children"] if record["type"] == "pack" else ():
+                    if child["survived"]:
+                        self.path(child["path_id"])
+
+    def check_journal(self, journal: JournalFile, opened: Mapping[str, Any]) -> None:
+        """Checks by its first record that a journal is the one that belongs in its place.
+
+        Raises:
+            DamagedError: it is of another system, task or round.
+        """
+        found = tuple(opened.get(name) for name in ("system", "task", "round"))
+        if found != (self.id, journal.task, journal.round):
+            system, task, number = found
+            number = number + 1 if isinstance(number, int) else number
+            raise DamagedError(
+                f"found the journal of round {number} of task {task!r} of system {system} in {journal.file}",
+                f"that of round {journal.round + 1} of task {journal.task!r} of system {self.id}",
+                "put the right one back, or start an unfinished round over with `munet-evolve run` and --restart",
+            )
 
     def _verify_task(self, file: pathlib.Path) -> None:
         record = self._read_task(file)
@@ -473,15 +645,16 @@ class System:
     def _task_file(self, name: str) -> pathlib.Path:
         return self.folder / "tasks" / f"{name}.json"
 
-    def _read_layer(self, layer_id: str) -> tuple[LayerSpec, dict[str, Any]]:
+    def _read_layer(self, layer_id: str, *, weights: bool = True) -> tuple[LayerSpec, dict[str, Any]]:
         file = self._layer_file(layer_id)
         try:
             with safetensors.safe_open(file, framework="numpy") as content:
                 metadata = content.metadata()
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  # no mapping
+                names = content.keys() if weights else ()
+                tensors = {name: content.get_tensor(name) for name in names}
             spec = LayerSpec.of(LayerKind(metadata["kind"]), **json.loads(metadata["config"]))
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"found no readable layer {file} ({error})", "its weights", "restore the file") from error
+            raise DamagedError(f"found no readable layer {file} ({error})", "its weights", _REPAIR) from error
         return spec, tensors
 
     def _read_task(self, file: pathlib.Path) -> TaskRecord | None:
@@ -515,6 +688,15 @@ def path_to_dict(path: Path) -> dict[str, Any]:
     }
 
 
+def _journals_in(*folders: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the journals in some folders; where a crash left one plain and compressed, the plain one."""
+    found = []
+    for folder in folders:
+        plain = sorted(folder.glob("*.jsonl"))
+        found += sorted({*plain, *(file for file in folder.glob("*.jsonl.gz") if file.with_suffix("") not in plain)})
+    return found
+
+
 def _findings(check: Any, subject: Any) -> list[str]:
     try:
         check(subject)
@@ -532,7 +714,7 @@ def _to_json(document: Any) -> bytes:
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _read_json(file: pathlib.Path) -> Any:
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:

@@ -97,8 +97,9 @@ def summarise(system: System) -> SystemSummary:
     Raises:
         DamagedError: a path or layer is missing or altered.
     """
-    records = system.tasks()
-    paths = {name: system.path(record.path_id) for name, record in records.items()}
+    with system.reading():
+        records = system.tasks()
+        paths = {name: system.path(record.path_id) for name, record in records.items()}
     owners = {record.path_id: name for name, record in records.items()}
     users: dict[str, list[str]] = {}
     for name, path in paths.items():

@@ -8,6 +8,7 @@ import hashlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 _UNFINISHED = ".part"
 
@@ -56,12 +57,28 @@ def remove_unfinished(folder: pathlib.Path) -> None:
     Raises:
         OSError: the folder cannot be read or written.
     """
+    _visit_unfinished(folder, lambda file, _num_bytes: file.unlink())
+
+
+def unfinished_files(folder: pathlib.Path) -> list[tuple[pathlib.Path, int]]:
+    """Returns what `remove_unfinished` would remove, each with its size in bytes.
+
+    Raises:
+        OSError: the folder or a file in it cannot be read or written.
+    """
+    found: list[tuple[pathlib.Path, int]] = []
+    _visit_unfinished(folder, lambda file, num_bytes: found.append((file, num_bytes)))
+    return found
+
+
+def _visit_unfinished(folder: pathlib.Path, visit: Callable[[pathlib.Path, int], None]) -> None:
+    """Tells of each temporary file of a killed writer, with its size, while holding its lock."""
     for name in os.listdir(folder):  # noqa: PTH208  # a folder of many thousand files: no object for each
         if not (name.startswith(".") and name.endswith(_UNFINISHED)):
             continue
         with contextlib.suppress(FileNotFoundError, BlockingIOError), (folder / name).open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (folder / name).unlink()
+            visit(folder / name, os.fstat(file.fileno()).st_size)
 
 
 def make_folder(folder: pathlib.Path) -> None:

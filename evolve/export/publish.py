@@ -113,7 +113,8 @@ def export_system(
     settings = ExportSettings(target=target, precision=precision)
     started = time.monotonic()
     try:
-        with open_for_publishing(repository, system.id, tell) as opened:
+        # What the records name stays until it is published, whoever collects garbage meanwhile.
+        with system.reading(), open_for_publishing(repository, system.id, tell) as opened:
             try:
                 result = _Publisher(system, opened, settings, num_top1_images, tell).publish()
             finally:

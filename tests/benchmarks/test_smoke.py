@@ -84,6 +84,24 @@ def test_search(tmp_path):
             assert 0 < line["own_parameters_share"] < line["ratio"] < 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_kills(tmp_path):
+    lines = smoke("kills", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"Q5"}
+    runs = [line for line in lines if "run" in line]
+    assert [line["was_killed"] for line in runs] == [False, True, True, False, False]
+    assert all(line["lost"] > 0 for line in runs if line["was_killed"])
+    assert all(0 < line["start_up"] < line["seconds"] for line in runs)
+    killed = [line for line in runs if line["run"] == "killed"]
+    without = sum(line["seconds"] for line in runs if line["run"] == "in one go") / 2
+    counted = sum(line["seconds"] - line["lost"] for line in killed) - sum(line["start_up"] for line in killed[1:])
+    assert figures["Q5"]["value"] == pytest.approx(counted / without, rel=1e-2)
+    hashes = next(line["lineage_hashes"] for line in lines if "lineage_hashes" in line)
+    assert len(set(hashes.values())) == 1
+
+
 def test_a_target_says_whether_it_is_met():
     assert Target(">=", 0.85).is_met(0.85)
     assert not Target(">=", 0.85).is_met(0.84)

@@ -372,7 +372,7 @@ def test_an_unfinished_search_with_other_settings_is_refused_and_nothing_changes
     with pytest.raises(Killed):
         _run(system, ["a"], trainer=MortalTrainer(5))
     before = {file: file.read_bytes() for file in system.folder.rglob("*") if file.is_file()}
-    with pytest.raises(SettingsError, match=r"begun otherwise: settings.seed = 0 then and 1 now; .*remove .*a-0001.jsonl"):
+    with pytest.raises(SettingsError, match=r"begun otherwise: settings.seed = 0 then and 1 now; .*add --restart"):
         _run(system, ["a"], _plan(seed=1))
     assert {file: file.read_bytes() for file in system.folder.rglob("*") if file.is_file()} == before
 

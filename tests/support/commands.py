@@ -31,15 +31,25 @@ class Command:
 
     def kill(self) -> None:
         """Ends it by SIGKILL; a process that has ended already is none the worse for it."""
-        os.kill(self.id, signal.SIGKILL)
+        self.send(signal.SIGKILL)
 
     def pause(self) -> None:
         """Stops it until `go_on`."""
-        os.kill(self.id, signal.SIGSTOP)
+        self.send(signal.SIGSTOP)
 
     def go_on(self) -> None:
         """Ends a pause."""
-        os.kill(self.id, signal.SIGCONT)
+        self.send(signal.SIGCONT)
+
+    def send(self, number: int) -> None:
+        """Sends it a signal; to be called before `wait`."""
+        os.kill(self.id, number)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended; `wait` says how."""
+        state = pathlib.Path(f"/proc/{self.id}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        return state == "Z"
 
     def wait(self) -> int:
         """Returns its exit status, -9 after a kill."""
