@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evolve.closing import ActiveTask
+from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
 from evolve.errors import DataError, SettingsError
 from evolve.journal import FORMAT, Journal
 from evolve.snapshot import Snapshot
@@ -55,7 +56,7 @@ def open_search(system: System, task: ActiveTask, settings: Mapping[str, Any], t
     try:
         begun = journal.of_type("open")
         if begun:
-            _check_identity(journal.file, begun[0], identity)
+            _check_identity(journal.file, _with_defaults(begun[0]), identity)
             snapshot = Snapshot.from_list(system, begun[0]["snapshot"])
         else:
             journal.append("open", {**identity, "resolved_settings": settings, "snapshot": snapshot.to_list()})
@@ -69,12 +70,7 @@ def _identity(
     system: System, task: ActiveTask, round_number: int, settings: Mapping[str, Any], trainer: Mapping[str, str]
 ) -> dict[str, Any]:
     """Returns what must be the same for a search to go on."""
-    # The number of rounds may grow, it shapes no decision of this one; the trainer says which device was really used.
-    deciding = {
-        **settings,
-        "search": {name: value for name, value in settings["search"].items() if name != "rounds"},
-        "training": {name: value for name, value in settings["training"].items() if name != "device"},
-    }
+    deciding = {name: _deciding(name, value) if isinstance(value, Mapping) else value for name, value in settings.items()}
     return {
         "format": FORMAT,
         "system": system.id,
@@ -87,6 +83,21 @@ def _identity(
         "trainer": dict(trainer),
         "settings": deciding,
     }
+
+
+def _with_defaults(begun: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an identity with the defaults of settings that its search did not know yet: it searched as they say."""
+    settings = begun["settings"]
+    kinds = {"search": SearchSettings, "training": TrainingSettings, "defaults": DefaultSettings}
+    filled = {name: _deciding(name, kind().model_dump(mode="json")) | settings[name] for name, kind in kinds.items()}
+    return {**begun, "settings": {**settings, **filled}}
+
+
+def _deciding(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a section that shape the decisions of one search."""
+    # The number of rounds may grow, it shapes no decision of this one; the trainer says which device was really used.
+    other = {"search": "rounds", "training": "device"}.get(section)
+    return {name: value for name, value in values.items() if name != other}
 
 
 def _check_data(task: ActiveTask, record: TaskRecord | None) -> None:
