@@ -179,6 +179,19 @@ class Listener(Protocol):
         """A baseline was tested; `record` is what the journal says of it."""
 
 
+class SilentListener:
+    """Tells nobody."""
+
+    def baseline_opened(self, task: str, method: Method, num_replicas: int, reused: int) -> None:
+        """Nothing."""
+
+    def replica_finished(self, task: str, method: Method, record: Record) -> None:
+        """Nothing."""
+
+    def baseline_closed(self, task: str, method: Method, record: Record) -> None:
+        """Nothing."""
+
+
 def baseline_file(system: System, method: Method, task: str) -> pathlib.Path:
     """Returns where the journal of a task's baseline is.
 

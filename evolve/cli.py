@@ -1,4 +1,4 @@
-"""munet-evolve: the command line of the offline half. Builds and wires; everything else lives elsewhere.
+"""munet-evolve: the command line of the offline half. Reads arguments, shows what happens; evolve.api does it.
 
 Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 ended by SIGINT (Ctrl-C), 143 by
 SIGTERM. A second such signal ends it at once.
@@ -8,35 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from contextlib import AbstractContextManager
+from typing import Annotated, Literal
 
 import rich.console
 import rich.table
 import typer
 
-from evolve.baseline import BaselinePlan, Method, is_finished, run_baselines
-from evolve.closing import ActiveTask
+from evolve import api
+from evolve.baseline import BaselinePlan, Method, is_finished
 from evolve.collecting import Collection, Kind, collect
-from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
-from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
-from evolve.generation import Trainer
+from evolve.config import Experiment, load_settings
+from evolve.data.task import TaskData
+from evolve.errors import DamagedError, EvolveError, SettingsError
 from evolve.interruption import Interrupted, interruptible
-from evolve.layer import PATCH_EMBED, LayerKind
 from evolve.lineage import lineage_hash
 from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.progress import BaselineListener, ProgressObserver, loading, publishing
-from evolve.search import SearchPlan, check_image_size, run_rounds
+from evolve.search import SearchPlan
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
-from munet.names import similar_names
 
 app = typer.Typer(
     add_completion=False,
@@ -86,21 +83,14 @@ def run(
     checked = _check_precision(precision)
     if restart and recover:
         raise SettingsError("found --restart and --recover", "one of them")
-    settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
-    chosen = _choose_tasks(settings, task)
+    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device)
+    plan = SearchPlan.of(settings)
     console = rich.console.Console()
-    plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
     observer = ProgressObserver(console)
 
-    closed = []
-
-    def publish() -> None:
+    def publish(_task: str = "") -> None:
         if repository is not None:
-            console.print(_export(opened, repository, "cpu", checked, console), highlight=False, soft_wrap=True)
-
-    def finish(name: str) -> None:
-        closed.append(name)
-        publish()
+            console.print(_export(prepared.system, repository, "cpu", checked, console), highlight=False, soft_wrap=True)
 
     def is_pending(found: System, name: str) -> bool:
         record = found.tasks().get(name)
@@ -113,10 +103,12 @@ def run(
         return True
 
     with _saying_how_to_go_on(observer):
-        opened, active = _prepare(settings, chosen, system, console, is_pending)
-        for active_task, _ in active if restart else ():
-            _tell_aside(console, opened, active_task.name, restart_search, "starts over")
-        run_rounds(opened, active, plan, observer, finish)
+        prepared = api.prepare(settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending)
+        for data in prepared.data if restart else ():
+            _tell_aside(console, prepared.system, data.name, restart_search, "starts over")
+        closed = api.run_tasks(
+            prepared.system, prepared.data, plan, private=prepared.private, observer=observer, on_closed=publish
+        )
     if not closed:
         rounds_had = _counted(settings.search.rounds, "round")
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
@@ -148,19 +140,19 @@ def baseline(
     Tasks of the system are neither used nor changed. The same command goes on where an earlier one was stopped.
     """
     wanted = Method.parse(method, tuned=tune)
-    settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
-    chosen = _choose_tasks(settings, task)
-    search = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
-    plan = BaselinePlan(search, len(settings.tasks), replicas)
+    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device)
+    plan = BaselinePlan(SearchPlan.of(settings), len(settings.tasks), replicas)
     console = rich.console.Console()
 
     def is_pending(found: System, name: str) -> bool:
         return not is_finished(found, wanted, name, plan)
 
     with _saying_how_to_go_on():
-        opened, active = _prepare(settings, chosen, system, console, is_pending, wanted.check)
-        run_baselines(opened, active, wanted, plan, BaselineListener(console))
-    if not active:
+        prepared = api.prepare(
+            settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending, check_root=wanted.check
+        )
+        api.run_baselines(prepared.system, prepared.data, wanted, plan, listener=BaselineListener(console))
+    if not prepared.data:
         console.print(f"nothing to do: {wanted} is finished for every task", highlight=False, soft_wrap=True)
 
 
@@ -213,10 +205,7 @@ def remove(
     task: Annotated[str, typer.Option("--task", metavar="NAME", help="Task to remove.")],
 ) -> None:
     """Remove a task. Layers that others use stay; `munet-evolve export` takes it out of the model repository."""
-    opened = System.open(system)
-    opened.check_known(task)
-    with opened.evolving(task), opened.publishing():
-        opened.remove_task(task)
+    api.remove_task(System.open(system), task)
     typer.echo(f"removed {task}; run `munet-evolve export` to take it out of the model repository")
 
 
@@ -327,110 +316,26 @@ def _override(settings: Experiment, *, rounds: int | None, seed: int | None, dev
     return Experiment.model_validate(values)
 
 
-def _choose_tasks(settings: Experiment, names: list[str] | None) -> tuple[TaskSettings, ...]:
-    known = [task.name for task in settings.tasks]
-    for name in names or ():
-        if name not in known:
-            similar = similar_names(name, known)
-            raise SettingsError(
-                f"found no task {name!r} in the experiment",
-                f"one of {known}",
-                f"did you mean {' or '.join(map(repr, similar))}?" if similar else "",
-            )
-    return tuple(task for task in settings.tasks if not names or task.name in names)
+class _Loading:
+    """Shows how the loading of data goes, and what was loaded; see evolve.api.LoadingObserver."""
 
+    def __init__(self, console: rich.console.Console) -> None:
+        self._console = console
 
-def _prepare(
-    settings: Experiment,
-    chosen: tuple[TaskSettings, ...],
-    folder: pathlib.Path,
-    console: rich.console.Console,
-    is_pending: Callable[[System, str], bool],
-    check_blocks: Callable[[int], None] = lambda _num_blocks: None,
-) -> tuple[System, list[tuple[ActiveTask, Callable[[], Trainer]]]]:
-    """Loads data and root before anything is written, and returns the system with the tasks that have something to do."""
-    from evolve.data.load import doubts_about_quality, load_task
-    from evolve.training.device import resolve_device
+    def loading(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return loading(self._console, task)
 
-    resolve_device(settings.training)
-    system = _open_system(settings.root, folder)
-    # First, as it is quick and data may take hours.
-    root = None
-    if system is None:
-        root = _load_root(settings)
-        check_blocks(sum(position.kind is LayerKind.BLOCK for position in root.layers))
-    else:
-        check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), settings.defaults.image_size)
-        check_blocks(system.root.num_blocks)
-    # First as well.
-    pending = [task for task in chosen if system is None or is_pending(system, task.name)]
-    datasets = []
-    for task in pending:
-        started = time.monotonic()
-        with loading(console, task.name) as progress:
-            data = load_task(task, progress)
-        datasets.append((ActiveTask(task.name, data.labels, len(data.train), data.fingerprint, task.private), data))
+    def loaded(self, data: TaskData, seconds: float) -> None:
+        from evolve.data.load import doubts_about_quality
+
         counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
-        console.print(
-            f"{task.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({time.monotonic() - started:.1f} s)",
+        self._console.print(
+            f"{data.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({seconds:.1f} s)",
             highlight=False,
             soft_wrap=True,
         )
         for warning in (*data.warnings, *doubts_about_quality(data)):
-            typer.echo(f"warning: {task.name}: {warning}", err=True)
-    opened = system or _create_system(settings.root, root, folder)
-
-    def trainer_of(data: Any) -> Callable[[], Trainer]:
-        from evolve.training.one_by_one import OneByOneTrainer
-
-        return lambda: OneByOneTrainer(data, opened.tensors, settings.training)
-
-    return opened, [(task, trainer_of(data)) for task, data in datasets]
-
-
-def _open_system(root: RootSettings, folder: pathlib.Path) -> System | None:
-    """Opens the system if there is one, and checks that it has the root that the experiment asks for."""
-    if not System.exists(folder):
-        return None
-    system = System.open(folder)
-    source = _describe_root(root)
-    if system.root_source and dict(system.root_source) != source:
-        raise SettingsError(
-            f"found a system in {folder} with root {dict(system.root_source)}",
-            f"the experiment's root {source}",
-            "use the same root, or another folder: a system keeps its root for life",
-        )
-    return system
-
-
-def _load_root(settings: Experiment) -> Any:
-    from evolve.root import load_root
-
-    root = load_root(settings.root)
-    patch_embed, _ = root.layers[PATCH_EMBED]
-    check_image_size(patch_embed.integer("patch_size"), settings.defaults.image_size)
-    return root
-
-
-def _create_system(settings: RootSettings, root: Any, folder: pathlib.Path) -> System:
-    try:
-        return System.create(folder, root.layers, root.image_size, _describe_root(settings))
-    except SystemFolderError:
-        # Another process may have made one while this one loaded its data.
-        made = _open_system(settings, folder)
-        if made is None:
-            raise
-        return made
-
-
-def _describe_root(root: RootSettings) -> dict[str, Any]:
-    description = root.model_dump(mode="json", exclude={"file"})
-    if root.file is not None:
-        try:
-            description["sha256"] = hashlib.sha256(root.file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise SettingsError(f"could not read root.file {root.file} ({error.strerror})", "a checkpoint") from error
-    return description
+            typer.echo(f"warning: {data.name}: {warning}", err=True)
 
 
 def _check_precision(precision: str) -> Literal["float32", "float16"]:
@@ -449,10 +354,8 @@ def _export(
     console: rich.console.Console,
 ) -> str:
     """Publishes, telling what is under way, and returns what was done in words."""
-    from evolve.export.publish import export_system
-
     with publishing(console, repository) as tell:
-        result = export_system(system, repository, target=target, precision=precision, progress=tell)
+        result = api.publish(system, repository, target=target, precision=precision, progress=tell)
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date"
     return (
@@ -477,7 +380,9 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
         )
     console.print(table)
     for task in summary.tasks:
-        console.print(f"{task.name}: {task.make_up(summary.root_blocks)}", highlight=False, markup=False, soft_wrap=True)
+        parts = [task.make_up(summary.root_blocks), f"{_counted(task.outcomes.trained, 'child', 'children')} trained"]
+        parts.extend(task.outcomes.remarks)
+        console.print(f"{task.name}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
     line = f"{_counted(summary.num_layers, 'distinct layer')} with {summary.num_parameters:,} parameters"
     if len(summary.tasks) > 1:
         line += f"; {len(summary.tasks)} separate models would have {summary.separate_parameters:,}"
@@ -500,8 +405,8 @@ def _print_collection(collection: Collection) -> None:
         typer.echo(f"would free {collection.num_bytes:,} bytes; --delete does it")
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _counted(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class SearchSettings(Settings):
         mutate_blocks: whether the number of blocks mutates.
         scale_factor: below 1 costs paths that add parameters; 1 is off.
         max_seeds: at most so many seeds; by default a quarter of `children_per_task`.
+        early_stop: whether a child that cannot beat its parent any more stops before its last interval, see evolve.judgement.
     """
 
     rounds: PositiveInt = 2
@@ -101,6 +102,7 @@ class SearchSettings(Settings):
     mutate_blocks: bool = True
     scale_factor: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     max_seeds: PositiveInt | None = None
+    early_stop: bool = False
 
     @property
     def num_generations(self) -> int:

@@ -7,6 +7,7 @@
     ├── SystemFolderError       a folder is no system, of a newer format, or cannot be written
     │   └── DamagedError        a file of a system is missing or altered
     ├── TrainerError            a trainer of somebody's own does not keep its promises
+    ├── MemoryShortageError     a child does not fit into memory, however small the parts
     ├── BusyError               another process is evolving the same task
     └── ExportError             a path cannot be published
 
@@ -52,6 +53,23 @@ class TrainerError(EvolveError):
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(
             f"found {found} from the trainer", expected, "mend the trainer; evolve.generation says what it must answer"
+        )
+
+
+class MemoryShortageError(EvolveError):
+    """A path does not fit into memory, however small the parts in which its batches are computed.
+
+    Attributes:
+        num_parts: the last number of parts tried.
+    """
+
+    def __init__(self, what: str, num_parts: int, shortage: str) -> None:
+        self.num_parts = num_parts
+        super().__init__(
+            f"found too little memory for {what}, even in {num_parts} parts ({shortage})",
+            "memory for one image at a time",
+            "end what else uses the device and run again, nothing that was finished is lost; or lower defaults.image_size "
+            "(with auto_tune it also grows by itself), root.blocks, or the number of images",
         )
 
 

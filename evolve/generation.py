@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from evolve.config import TrainingSettings
 from evolve.hyperparameters import Hyperparameters
+from evolve.judgement import intervals_until_hopeless
 from evolve.layer import Layer, LayerSpec, Position, Tensors
 from evolve.path import Path
 from munet.preprocessing import Pixels
@@ -65,6 +66,7 @@ class ChildPlan:
         mutations: what was changed from the parent, in words such as `learning_rate: 0.01 -> 0.02`, `adapter.1: insert`,
             `block.2: clone`, in the order drawn.
         seed: seeds the initial weights of its new layers, 0 to 2**63 - 1.
+        quality_to_beat: it survives only with more, 0 to 1; None: it survives whatever it reaches, or is not judged early.
     """
 
     index: int
@@ -73,6 +75,7 @@ class ChildPlan:
     layers: tuple[LayerPlan, ...]
     mutations: tuple[str, ...]
     seed: int
+    quality_to_beat: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,8 @@ class GenerationPlan:
         data_seed: seeds the order of the images and all augmentation, 0 to 2**63 - 1.
         length: how long each child trains.
         children: what to train.
+        gains: the largest gain after each interval that a finished child of this search has shown, for evolve.judgement; empty
+            if there is none, or if nothing is judged early.
     """
 
     task: str
@@ -126,6 +131,16 @@ class GenerationPlan:
     data_seed: int
     length: TrainingLength
     children: tuple[ChildPlan, ...]
+    gains: tuple[float, ...] = ()
+
+    def stops_after(self, child: ChildPlan, qualities: Sequence[float]) -> int | None:
+        """Returns after how many intervals a child of this generation stops, see evolve.judgement; None if it goes on.
+
+        Args:
+            child: the child.
+            qualities: after each interval it has had so far.
+        """
+        return intervals_until_hopeless(qualities, child.quality_to_beat, self.gains, self.length.intervals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +149,16 @@ class ChildResult:
 
     Attributes:
         index: the child's number within the generation.
-        interval_qualities: validation accuracy after each interval, 0 to 1.
+        interval_qualities: validation accuracy after each interval, 0 to 1; of the first few if it stopped early.
         best_interval: index of the interval whose weights were kept: the best, the earliest on ties.
         trained: weights after that interval of every layer that was trainable, float32.
         num_trained_images: images seen in training, counted with repetition.
         flops: estimated floating point operations of training and validation (a multiply-add counts as two).
         train_seconds: wall time spent training.
         evaluate_seconds: wall time spent validating.
+        diverged: whether a loss or a weight became infinite or no number; then the child scores nothing.
+        batch_parts: parts in which each batch of training and validation was computed one after another, because the whole did not
+            fit into memory.
     """
 
     index: int
@@ -151,11 +169,13 @@ class ChildResult:
     flops: float
     train_seconds: float
     evaluate_seconds: float
+    diverged: bool = False
+    batch_parts: int = 1
 
     @property
     def quality(self) -> float:
-        """Validation accuracy of the weights that were kept, 0 to 1."""
-        return self.interval_qualities[self.best_interval]
+        """Validation accuracy of the weights that were kept, 0 to 1; 0 if it diverged."""
+        return 0.0 if self.diverged else self.interval_qualities[self.best_interval]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +216,13 @@ class Trainer(Protocol):
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """Trains every child of a generation and yields each once, in packs, as they finish.
 
-        A child that diverges (a loss or weight that is not finite) fails nobody else: it answers quality 0 from that interval on.
+        A child that diverges (a loss or weight that is not finite) fails nobody else: it says so, answers quality 0 from that interval
+        on, and scores nothing.
+
+        A child that `plan.stops_after` says to stop may be trained on, but what it reaches then does not count.
+
+        Want of memory costs no child: it is trained in smaller parts, always from its beginning. If it fits in no way, an EvolveError
+        says what to lower; children that were yielded before are kept.
         """
         ...
 

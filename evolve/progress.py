@@ -13,6 +13,7 @@ import rich.progress
 from evolve.baseline import Method
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
+from evolve.outcomes import Outcomes
 from evolve.path import Path
 from evolve.store import TaskRecord
 
@@ -85,12 +86,12 @@ class ProgressObserver:
         self._best = 0.0
         self._done = 0
         self._total = 0
-        self._survivors = 0
+        self._outcomes = Outcomes()
         self._task = ""
 
     def search_opened(self, task: str, round_number: int, seeds: Sequence[Path], num_children: int, reused: int) -> None:
         """Starts a bar or prints a line."""
-        self._task, self._started, self._best, self._survivors = task, time.monotonic(), 0.0, 0
+        self._task, self._started, self._best, self._outcomes = task, time.monotonic(), 0.0, Outcomes()
         self._done, self._total = 0, num_children
         names = ", ".join(seed.task or "root" for seed in seeds)
         going_on = f", going on after {reused}" if reused else ""
@@ -107,15 +108,14 @@ class ProgressObserver:
     def child_finished(self, plan: ChildPlan, record: Record) -> None:
         """Moves the bar, or prints a line now and then."""
         self._done += 1
-        self._survivors += bool(record["survived"])
+        self._outcomes += Outcomes.of_one(record)
         self._best = max(self._best, record["quality"])
         if self._bar is not None and self._row is not None:
             self._bar.update(self._row, completed=self._done, description=f"{self._task}: best {self._best:.1%}")
         elif self._done == self._total or self._done % max(1, self._total // 8) == 0:
             seconds = time.monotonic() - self._started
             self._say(
-                f"{self._task}: {self._done}/{self._total} children, {self._survivors} survived, best quality {self._best:.4f}, "
-                f"{seconds:.1f} s"
+                f"{self._task}: {self._done}/{self._total} children, {self._outcomes}, best quality {self._best:.4f}, {seconds:.1f} s"
             )
 
     def search_closed(self, task: str, path: Path, record: TaskRecord) -> None:
@@ -123,7 +123,10 @@ class ProgressObserver:
         self.stop()
         test = "" if record.test_accuracy is None else f", test accuracy {record.test_accuracy:.4f}"
         seconds = time.monotonic() - self._started
-        self._say(f"{task}: quality {record.quality:.4f}{test}, {path.num_blocks} blocks, path {path.id[:8]}, {seconds:.1f} s")
+        remarks = "".join(f", {remark}" for remark in self._outcomes.remarks)
+        self._say(
+            f"{task}: quality {record.quality:.4f}{test}, {path.num_blocks} blocks, path {path.id[:8]}, {seconds:.1f} s{remarks}"
+        )
 
     def stop(self) -> None:
         """Ends the live view; also after an error."""

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from evolve.closing import ActiveTask, publish_task
-from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
+from evolve.config import DefaultSettings, Experiment, SearchSettings, TrainingSettings
 from evolve.errors import DamagedError, SettingsError, TrainerError
 from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Trainer, TrainingLength
 from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
 from evolve.journal import Record
+from evolve.judgement import largest_gains, quality_to_beat
 from evolve.layer import PATCH_EMBED, Layer
 from evolve.mutation import select_tunables, step_hyperparameters
 from evolve.opening import open_search
@@ -28,6 +29,7 @@ from evolve.population import Member, Population
 from evolve.sampling import Surroundings, derive_generator, derive_seed, sample_child
 from evolve.scoring import accounted_parameters, reference_parameters, score, sharing_counts
 from evolve.selection import choose_parent
+from evolve.specs import new_parameters
 from evolve.store import System, TaskRecord
 
 
@@ -42,10 +44,15 @@ class SearchPlan:
         training: see evolve.config.
     """
 
-    seed: int
-    defaults: DefaultSettings
-    search: SearchSettings
-    training: TrainingSettings
+    seed: int = 0
+    defaults: DefaultSettings = dataclasses.field(default_factory=DefaultSettings)
+    search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+    training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
+
+    @staticmethod
+    def of(experiment: Experiment) -> SearchPlan:
+        """Returns the plan of an experiment."""
+        return SearchPlan(experiment.seed, experiment.defaults, experiment.search, experiment.training)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings as JSON values."""
@@ -71,6 +78,22 @@ class Observer(Protocol):
 
     def search_closed(self, task: str, path: Path, record: TaskRecord) -> None:
         """A path became current."""
+
+
+class SilentObserver:
+    """Tells nobody; derive from it to hear only of some of what happens."""
+
+    def search_opened(self, task: str, round_number: int, seeds: Sequence[Path], num_children: int, reused: int) -> None:
+        """Nothing."""
+
+    def generation_planned(self, plan: GenerationPlan) -> None:
+        """Nothing."""
+
+    def child_finished(self, plan: ChildPlan, record: Record) -> None:
+        """Nothing."""
+
+    def search_closed(self, task: str, path: Path, record: TaskRecord) -> None:
+        """Nothing."""
 
 
 def run_rounds(
@@ -198,11 +221,31 @@ class _Search:
             if parent.id in self.population:
                 self.population[parent.id].num_children += 1
             inherited = self.defaults if parent.id == self.system.root.id else parent.hyperparameters
-            children.append(
-                sample_child(child, self._lineage(parent), inherited, data, self.surroundings, generator, mutated=mutated)
-            )
+            sampled = sample_child(child, self._lineage(parent), inherited, data, self.surroundings, generator, mutated=mutated)
+            children.append(dataclasses.replace(sampled, quality_to_beat=self._quality_to_beat(sampled)))
         data_seed = derive_seed(*names, "data")
-        return GenerationPlan(self.task.name, self.round, index, data_seed, self.length, tuple(children)), used_seeds
+        gains = self._gains(index)
+        return GenerationPlan(self.task.name, self.round, index, data_seed, self.length, tuple(children), gains), used_seeds
+
+    def _quality_to_beat(self, child: ChildPlan) -> float | None:
+        """Returns what a child must exceed to survive; None if it survives anyway or nothing is judged early."""
+        if not self.plan.search.early_stop or child.parent_id not in self.population:
+            return None
+        shared = {plan.source.id: plan.source for plan in child.layers if plan.source is not None and not plan.trainable}
+        accounted = sum(layer.num_parameters / (1 + self.sharing.get(layer.id, 0)) for layer in shared.values())
+        for plan in child.layers:
+            if plan.trainable:
+                accounted += new_parameters(plan.spec) if plan.source is None else plan.source.num_parameters
+        factor = score(1.0, accounted, self.reference, self.plan.search.scale_factor)
+        return quality_to_beat(self.population[child.parent_id].score, factor)
+
+    def _gains(self, index: int) -> tuple[float, ...]:
+        """Returns what the children of generations before this one gained after each interval, those left out that fell short."""
+        if not self.plan.search.early_stop:
+            return ()
+        packs = [record for record in self.journal.of_type("pack") if record["generation"] < index]
+        finished = [row for pack in packs for row in pack["children"] if not (row.get("diverged") or "stopped_after" in row)]
+        return largest_gains(row["interval_qualities"] for row in finished)
 
     def _data_hyperparameters(self, names: tuple[object, ...], *, mutate: bool) -> Hyperparameters:
         """Returns hyperparameters whose data group holds for the generation: the defaults, or the best path's, mutated."""
@@ -250,7 +293,7 @@ class _Search:
             for pack in self.trainer.train(dataclasses.replace(generation, children=missing)):
                 # Until the journal names the survivors' layers, nobody may take them for garbage.
                 with self.system.storing():
-                    rows = [self._judge(generation.children[result.index], result) for result in pack.children]
+                    rows = [self._judge(generation, generation.children[result.index], result) for result in pack.children]
                     record = self.journal.append("pack", {"generation": generation.index, "children": rows})
                 for row in record["children"]:
                     known[row["index"]] = row
@@ -265,8 +308,11 @@ class _Search:
                 self.parents.setdefault(path.id, child.parent_id)
                 self.population.add(path, row["score"])
 
-    def _judge(self, child: ChildPlan, result: ChildResult) -> dict[str, Any]:
+    def _judge(self, generation: GenerationPlan, child: ChildPlan, result: ChildResult) -> dict[str, Any]:
         """Scores a trained child, stores it if it survives, and returns what the journal says of it."""
+        _check_qualities(result)
+        stopped_after = None if result.diverged else generation.stops_after(child, result.interval_qualities)
+        result = _cut_off(result, stopped_after)
         placed = [PlacedLayer(plan.position, _layer_of(plan, result)) for plan in child.layers]
         path = Path.of(
             task=self.task.name,
@@ -277,7 +323,7 @@ class _Search:
         )
         path_score = self._score(path)
         parent_score = self.population[child.parent_id].score if child.parent_id in self.population else None
-        survived = parent_score is None or path_score > parent_score
+        survived = parent_score is None or (stopped_after is None and path_score > parent_score)
         if survived:
             for plan in child.layers:
                 if plan.trainable:
@@ -299,6 +345,7 @@ class _Search:
             "num_trained_images": result.num_trained_images,
             "flops": result.flops,
             "seconds": {"train": result.train_seconds, "evaluate": result.evaluate_seconds},
+            **_remarks(result, stopped_after),
         }
 
     def _score(self, path: Path) -> float:
@@ -320,6 +367,7 @@ class _Search:
                     "hyperparameters": child.hyperparameters.to_dict(),
                     "origins": [[str(plan.position), plan.origin.value] for plan in child.layers],
                     "seed": child.seed,
+                    **({"quality_to_beat": child.quality_to_beat} if self.plan.search.early_stop else {}),
                 }
                 for child in generation.children
             ],
@@ -393,6 +441,32 @@ def _agrees(written: Any, planned: Any) -> bool:
     if isinstance(written, list) and isinstance(planned, list):
         return len(written) == len(planned) and all(map(_agrees, written, planned))
     return bool(written == planned)
+
+
+def _check_qualities(result: ChildResult) -> None:
+    """Raises TrainerError unless all qualities are from 0 to 1."""
+    if not all(0 <= quality <= 1 for quality in result.interval_qualities):
+        raise TrainerError(f"qualities {list(result.interval_qualities)} of child {result.index}", "numbers from 0 to 1")
+
+
+def _cut_off(result: ChildResult, stopped_after: int | None) -> ChildResult:
+    """Returns what a child that was to stop had shown by then: a trainer that went on all the same changes no decision."""
+    if stopped_after is None:
+        return result
+    qualities = result.interval_qualities[:stopped_after]
+    return dataclasses.replace(result, interval_qualities=qualities, best_interval=qualities.index(max(qualities)))
+
+
+def _remarks(result: ChildResult, stopped_after: int | None) -> dict[str, Any]:
+    """Returns what the journal says of a child that did not train as most do."""
+    remarks: dict[str, Any] = {}
+    if result.diverged:
+        remarks["diverged"] = True
+    if stopped_after is not None:
+        remarks["stopped_after"] = stopped_after
+    if result.batch_parts > 1:
+        remarks["batch_parts"] = result.batch_parts
+    return remarks
 
 
 def _layer_of(plan: LayerPlan, result: ChildResult) -> Layer:

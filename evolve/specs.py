@@ -26,3 +26,18 @@ def head_spec(width: int, classes: int) -> LayerSpec:
         classes: number of the task's classes.
     """
     return LayerSpec.of(LayerKind.HEAD, width=width, classes=classes)
+
+
+def new_parameters(spec: LayerSpec) -> int:
+    """Returns the number of parameters of a new layer of a child, which nobody has trained yet.
+
+    Raises:
+        ValueError: neither an adapter nor a head; nothing else is ever new.
+    """
+    width = spec.integer("width")
+    if spec.kind is LayerKind.HEAD:
+        return (width + 1) * spec.integer("classes")
+    if spec.kind is LayerKind.ADAPTER:
+        hidden = spec.integer("adapter_width")
+        return 2 * width + (width + 1) * hidden + (hidden + 1) * width
+    raise ValueError(f"found a new layer of kind {spec.kind}, expected an adapter or a head")

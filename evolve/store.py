@@ -182,13 +182,14 @@ class System:
         return System.open(folder)
 
     @staticmethod
-    def open(folder: pathlib.Path) -> System:
+    def open(folder: str | os.PathLike[str]) -> System:
         """Opens a system.
 
         Raises:
             SystemFolderError: no system there, one of a newer format, or a folder that cannot be read.
             DamagedError: its root cannot be read.
         """
+        folder = pathlib.Path(folder)
         if not System.exists(folder):
             raise SystemFolderError(f"found no system in {folder}", "a folder with system.json", "`munet-evolve run` starts one")
         document = _read_json(folder / "system.json")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from evolve.journal import child_records, read_journal
 from evolve.layer import POS_EMBED
+from evolve.outcomes import Outcomes
 from evolve.path import Path
 from evolve.scoring import accounted_parameters, sharing_counts
 from evolve.store import System
@@ -34,6 +36,7 @@ class TaskSummary:
         num_parameters: of all its layers.
         own_parameters: of its own layers.
         accounted_parameters: each layer's divided by the number of tasks that use it.
+        outcomes: what became of the children that were trained for it, as far as its journals are there.
     """
 
     name: str
@@ -54,6 +57,7 @@ class TaskSummary:
     num_parameters: int
     own_parameters: int
     accounted_parameters: float
+    outcomes: Outcomes
 
     def make_up(self, root_blocks: int) -> str:
         """Returns in words what the path changes: `from greek; trains block.1, norm, head; adapter before block 0; 2 of 3 blocks`."""
@@ -95,7 +99,7 @@ def summarise(system: System) -> SystemSummary:
     """Returns what a system is made of now.
 
     Raises:
-        DamagedError: a path or layer is missing or altered.
+        DamagedError: a path, a layer or a journal is missing or altered.
     """
     with system.reading():
         records = system.tasks()
@@ -138,6 +142,7 @@ def summarise(system: System) -> SystemSummary:
                 accounted_parameters=accounted_parameters(
                     path, sharing_counts(other for other in paths.values() if other is not path)
                 ),
+                outcomes=_outcomes(system, name, record.rounds),
             )
         )
     distinct = {layer.id: layer.num_parameters for path in paths.values() for _, layer in path.layers}
@@ -150,6 +155,12 @@ def summarise(system: System) -> SystemSummary:
         num_parameters=sum(distinct.values()),
         separate_parameters=sum(path.num_parameters for path in paths.values()),
     )
+
+
+def _outcomes(system: System, task: str, rounds: int) -> Outcomes:
+    """Counts the children of all rounds, the one that is under way among them."""
+    journals = (read_journal(system.journal_file(task, number)) for number in range(rounds + 1))
+    return Outcomes.of(child for records in journals for _, child in child_records(records))
 
 
 def _grids(paths: Iterable[Path]) -> set[int]:

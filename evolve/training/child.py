@@ -28,7 +28,9 @@ class ChildModel:
         model: all its layers.
     """
 
-    def __init__(self, plan: ChildPlan, tensors: Callable[[str], Tensors], device: torch.device, *, bf16: bool) -> None:
+    def __init__(
+        self, plan: ChildPlan, tensors: Callable[[str], Tensors], device: torch.device, *, bf16: bool, batch_parts: int = 1
+    ) -> None:
         """Builds it from the weights its plan names.
 
         Args:
@@ -36,6 +38,8 @@ class ChildModel:
             tensors: a stored layer's weights by its id.
             device: where it trains.
             bf16: whether it computes under bfloat16 autocast.
+            batch_parts: parts in which each batch is computed one after another; the gradient is that of the whole batch but for
+                its rounding.
 
         Raises:
             ValueError: nothing is trainable, or weights do not fit their layer.
@@ -46,6 +50,7 @@ class ChildModel:
         placed = [(layer.position, build_module(layer.spec, initial_weights(plan, layer, tensors))) for layer in plan.layers]
         self.model = PathModel(placed).eval().to(device)
         self._bf16 = bf16
+        self._batch_parts = batch_parts
         self._trainable = [(plan.layers[index].position, self.model.layers[index]) for index in trainable]
         self._frozen_below = list(self.model.layers)[: trainable[0]]
         self._above = list(self.model.layers)[trainable[0] :]
@@ -66,16 +71,27 @@ class ChildModel:
             labels: [batch] int64.
             learning_rate: of this step.
         """
+        gradients: list[torch.Tensor] = []
+        for some_images, some_labels in zip(images.chunk(self._batch_parts), labels.chunk(self._batch_parts), strict=True):
+            loss = self._loss(some_images, some_labels)
+            if len(some_labels) < len(labels):
+                loss = loss * (len(some_labels) / len(labels))
+            more = torch.autograd.grad(loss, self._parameters)
+            if gradients:
+                torch._foreach_add_(gradients, list(more))
+            else:
+                gradients = list(more)
+            self._sum_of_losses += loss.detach()
+        clip_jointly(gradients)
+        self._optimiser.step(gradients, learning_rate)
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with self._autocast():
             # Not inference mode: what it makes cannot be kept for a backward pass.
             with torch.no_grad():
                 hidden = run_layers(self._frozen_below, images)
             logits = run_layers(self._above, hidden)
-        loss = functional.cross_entropy(logits.float(), labels)
-        gradients = torch.autograd.grad(loss, self._parameters)
-        clip_jointly(gradients)
-        self._optimiser.step(gradients, learning_rate)
-        self._sum_of_losses += loss.detach()
+        return functional.cross_entropy(logits.float(), labels)
 
     def is_finite(self) -> bool:
         """Tells whether all losses so far and all trainable weights are finite."""
@@ -96,20 +112,22 @@ class ChildModel:
         return torch.autocast("cuda", dtype=torch.bfloat16) if self._bf16 else contextlib.nullcontext()
 
 
-def accuracy(predict: Callable[[torch.Tensor], torch.Tensor], images: DeviceImages) -> float:
+def accuracy(predict: Callable[[torch.Tensor], torch.Tensor], images: DeviceImages, batch_parts: int = 1) -> float:
     """Measures how many images are classified rightly.
 
     Args:
         predict: gives the logits of uint8 images.
         images: one or more.
+        batch_parts: parts into which EVALUATION_BATCH is divided.
 
     Returns:
         0 to 1.
     """
+    at_once = max(1, EVALUATION_BATCH // batch_parts)
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     with torch.inference_mode():
-        for start in range(0, len(images), EVALUATION_BATCH):
-            pixels, labels, _ = images.take(np.arange(start, min(start + EVALUATION_BATCH, len(images))))
+        for start in range(0, len(images), at_once):
+            pixels, labels, _ = images.take(np.arange(start, min(start + at_once, len(images))))
             correct += (predict(pixels).argmax(1) == labels).sum()
     return int(correct.item()) / len(images)
 

@@ -48,7 +48,7 @@ class DeviceImages:
         return pixels.to(self.device), self.labels.index_select(0, rows.to(self.device)), self.sizes.index_select(0, rows)
 
 
-def training_images(images: ImageSet, image_size: int, device: torch.device) -> DeviceImages:
+def training_images(images: ImageSet, image_size: int, device: torch.device, *, stay_on_host: bool = False) -> DeviceImages:
     """Returns training images in the one size that `storage_shape` gives.
 
     They are held in memory. If they come from a cache and would take more than FREE_SHARE of the memory that is free, they are written
@@ -58,6 +58,7 @@ def training_images(images: ImageSet, image_size: int, device: torch.device) -> 
         images: decoded, in their own sizes.
         image_size: what the paths see, in pixels.
         device: where they are needed.
+        stay_on_host: whether they stay in the host's memory even if they seem to fit into the device's.
 
     Raises:
         DataError: they fit neither into memory nor on the disk of the data's cache, or an image cannot be read.
@@ -66,7 +67,7 @@ def training_images(images: ImageSet, image_size: int, device: torch.device) -> 
     pixels = _room(images, (len(images), height, width, 3))
     for row, image in enumerate(images.images):
         pixels[row] = image if image.shape[:2] == (height, width) else resize(image, height)
-    return _placed(pixels, images.labels, images.sizes, device)
+    return _placed(pixels, images.labels, images.sizes, device, stay_on_host)
 
 
 def storage_shape(sizes: npt.NDArray[np.int64], image_size: int) -> tuple[int, int]:
@@ -87,7 +88,9 @@ def storage_shape(sizes: npt.NDArray[np.int64], image_size: int) -> tuple[int, i
     return side, side
 
 
-def evaluation_images(images: ImageSet, image_size: int, count: int, device: torch.device) -> DeviceImages:
+def evaluation_images(
+    images: ImageSet, image_size: int, count: int, device: torch.device, *, stay_on_host: bool = False
+) -> DeviceImages:
     """Returns the first images as a path sees them in evaluation, resized as serving does.
 
     Args:
@@ -95,8 +98,9 @@ def evaluation_images(images: ImageSet, image_size: int, count: int, device: tor
         image_size: height and width, in pixels.
         count: at most so many.
         device: where they are needed.
+        stay_on_host: see `training_images`.
     """
-    return _placed(images.resized(image_size, count), images.labels[:count], images.sizes[:count], device)
+    return _placed(images.resized(image_size, count), images.labels[:count], images.sizes[:count], device, stay_on_host)
 
 
 def free_memory() -> int:
@@ -129,8 +133,10 @@ def _room(images: ImageSet, shape: tuple[int, int, int, int]) -> Pixels:
         ) from error
 
 
-def _placed(pixels: Pixels, labels: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], device: torch.device) -> DeviceImages:
+def _placed(
+    pixels: Pixels, labels: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], device: torch.device, stay_on_host: bool
+) -> DeviceImages:
     stored = torch.from_numpy(pixels)
-    if device.type == "cpu" or pixels.nbytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cpu" and not stay_on_host and pixels.nbytes <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
         stored = stored.to(device)
     return DeviceImages(stored, torch.from_numpy(labels).to(device), torch.from_numpy(sizes.astype(np.float32)), device)

@@ -1,8 +1,13 @@
-"""The simplest trainer: children one after another, each a pack of its own."""
+"""The simplest trainer: children one after another, each a pack of its own.
+
+A child that needs more memory than there is is trained again from its beginning: first with all images in the host's memory, which changes
+no bit, then with its batches computed in parts, evolve.training.memory.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
@@ -18,9 +23,10 @@ from evolve.layer import Position, Tensors
 from evolve.path import Path
 from evolve.training.augmentation import NUM_DRAWS, augment
 from evolve.training.batches import BatchOrder, draws
-from evolve.training.child import ChildModel, accuracy, initial_weights
+from evolve.training.child import EVALUATION_BATCH, ChildModel, accuracy, initial_weights
 from evolve.training.device import repeatable, resolve_device
 from evolve.training.images import DeviceImages, evaluation_images, training_images
+from evolve.training.memory import in_parts_that_fit
 from evolve.training.schedule import learning_rate
 from evolve.vit import build_path
 
@@ -35,7 +41,7 @@ class IntervalListener(Protocol):
     """What wants to know how training goes."""
 
     def on_interval(self, child_index: int, interval: int, quality: float) -> None:
-        """Is called after every validation.
+        """Is called after every validation; from the first on again if a child is trained again for want of memory.
 
         Args:
             child_index: the child's number within its generation.
@@ -53,6 +59,7 @@ class _Record:
     best: Mapping[Position, Tensors] | None = None
     best_interval: int = 0
     finite: bool = True
+    batch_parts: int = 1
     num_trained: int = 0
     num_validated: int = 0
     train_seconds: float = 0.0
@@ -81,6 +88,8 @@ class _Record:
             flops=float(flops),
             train_seconds=self.train_seconds,
             evaluate_seconds=self.evaluate_seconds,
+            diverged=not self.finite,
+            batch_parts=self.batch_parts,
         )
 
 
@@ -113,6 +122,8 @@ class OneByOneTrainer:
         # Only the sizes in use last are kept: images of one size can fill a device.
         self._training: tuple[int, DeviceImages] | None = None
         self._validation: tuple[tuple[int, int], DeviceImages] | None = None
+        # Once memory ran short, images no longer lie on the device: no bit of any result depends on where they lie.
+        self._stay_on_host = False
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -123,41 +134,64 @@ class OneByOneTrainer:
         """See Trainer.train. Yields the children in the order of the plan.
 
         Raises:
+            MemoryShortageError: a child does not fit into memory, not even one image at a time.
             ValueError: the plan is of another task, or a child cannot be built.
         """
         if plan.task != self._data.name:
             raise ValueError(f"found a plan for task {plan.task!r}, expected one for {self._data.name!r}")
         for child in plan.children:
             with repeatable(self._settings.threads):
-                result = self._train_child(plan, child)
+                result = in_parts_that_fit(
+                    functools.partial(self._train_child, plan, child),
+                    self._make_room,
+                    max(plan.length.batch_size, EVALUATION_BATCH),
+                    f"child {child.index} of {plan.task}, generation {plan.index}, with images of "
+                    f"{child.hyperparameters.image_size} pixels a side, on {self._device}",
+                )
             yield PackResult((result,))
 
     def examine(self, path: Path) -> Examples:
-        """See Trainer.examine."""
+        """See Trainer.examine.
+
+        Raises:
+            MemoryShortageError: the path does not fit into memory, not even for one image.
+        """
         test_accuracy = None
         if self._data.test is not None:
             with repeatable(self._settings.threads):
-                test_accuracy = self._test_accuracy(path, self._data.test)
+                test_accuracy = in_parts_that_fit(
+                    functools.partial(self._test_accuracy, path, self._data.test),
+                    self._make_room,
+                    EVALUATION_BATCH,
+                    f"the test of {self._data.name} on {self._device}",
+                )
         return Examples(test_accuracy, self._data.validation.resized(path.hyperparameters.image_size, NUM_EXAMPLES))
 
-    def _test_accuracy(self, path: Path, test: ImageSet) -> float:
+    def _make_room(self) -> None:
+        """Drops the images that are held; from now on they are loaded to the host's memory."""
+        self._training = self._validation = None
+        self._stay_on_host = True
+
+    def _test_accuracy(self, path: Path, test: ImageSet, parts: int) -> float:
         # In float32, as the path will be served, and piece by piece: a whole test split can be larger than the memory.
         model = build_path(path, self._tensors).to(self._device)
         correct = 0.0
         for start in range(0, len(test), TEST_CHUNK):
             rows = slice(start, start + TEST_CHUNK)
             chunk = ImageSet(test.images[rows], test.labels[rows], test.names[rows])
-            images = evaluation_images(chunk, path.hyperparameters.image_size, len(chunk), self._device)
-            correct += accuracy(model, images) * len(chunk)
+            size = path.hyperparameters.image_size
+            images = evaluation_images(chunk, size, len(chunk), self._device, stay_on_host=self._stay_on_host)
+            correct += accuracy(model, images, parts) * len(chunk)
         return round(correct) / len(test)
 
-    def _train_child(self, plan: GenerationPlan, child: ChildPlan) -> ChildResult:
+    def _train_child(self, plan: GenerationPlan, child: ChildPlan, parts: int) -> ChildResult:
         length, size = plan.length, child.hyperparameters.image_size
         training = self._training_images(size)
         validation = self._validation_images(size, length.validation_batches * length.batch_size)
-        model = ChildModel(child, self._tensors, self._device, bf16=self._settings.precision == "bf16")
+        bf16 = self._settings.precision == "bf16"
+        model = ChildModel(child, self._tensors, self._device, bf16=bf16, batch_parts=parts)
         order = BatchOrder(len(training), length.batch_size, plan.data_seed)
-        record = _Record()
+        record = _Record(batch_parts=parts)
         for interval in range(length.intervals):
             # Weights that are not finite stay so: nothing is gained by training on.
             if record.finite:
@@ -168,26 +202,31 @@ class OneByOneTrainer:
                 record.train_seconds += time.perf_counter() - started
             if record.finite:
                 started = time.perf_counter()
-                record.keep(interval, accuracy(model.predict, validation), model)
+                record.keep(interval, accuracy(model.predict, validation, parts), model)
                 record.num_validated += len(validation)
                 record.evaluate_seconds += time.perf_counter() - started
             else:
                 record.qualities.append(0.0)
             if self._listener is not None:
                 self._listener.on_interval(child.index, interval, record.qualities[-1])
+            if record.finite and plan.stops_after(child, record.qualities) is not None:
+                break
         return record.result(child, self._tensors)
 
     def _training_images(self, size: int) -> DeviceImages:
         if self._training is None or self._training[0] != size:
             self._training = None
-            self._training = (size, training_images(self._data.train, size, self._device))
+            self._training = (size, training_images(self._data.train, size, self._device, stay_on_host=self._stay_on_host))
         return self._training[1]
 
     def _validation_images(self, size: int, count: int) -> DeviceImages:
         key = (size, count)
         if self._validation is None or self._validation[0] != key:
             self._validation = None
-            self._validation = (key, evaluation_images(self._data.validation, *key, self._device))
+            self._validation = (
+                key,
+                evaluation_images(self._data.validation, *key, self._device, stay_on_host=self._stay_on_host),
+            )
         return self._validation[1]
 
 

@@ -208,16 +208,41 @@ def test_a_child_that_diverges_answers_zero_and_fails_nobody() -> None:
     assert first.best_interval == 0
     assert first.num_trained_images == 5 * 16
     assert np.array_equal(first.trained[HEAD]["weight"], head["weight"])
+    assert first.diverged
+    assert not second.diverged
     assert digest(second) == digest(alone[0])
 
 
-def test_a_child_that_diverges_later_keeps_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_diverges_later_scores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([True, False])
     monkeypatch.setattr(ChildModel, "is_finite", lambda self: next(answers))
     (result,) = train(generation(ROOT.child(), intervals=4))
-    assert result.best_interval == 0
+    assert result.interval_qualities[0] > 0
     assert result.interval_qualities[1:] == (0.0, 0.0, 0.0)
+    assert (result.diverged, result.quality) == (True, 0.0)
     assert result.num_trained_images == 2 * 5 * 16
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e10])
+def test_a_learning_rate_that_blows_up_diverges(rate: float) -> None:
+    wanted = PLAIN.replace(learning_rate=rate, schedule="constant", momentum=None)
+    (result,) = train(generation(ROOT.child(trainable=lambda position: True, hyperparameters=wanted), intervals=3, batches=20))
+    assert result.diverged
+    assert result.quality == 0.0
+    assert all(np.isfinite(t).all() for tensors in result.trained.values() for t in tensors.values())
+
+
+def test_a_hopeless_child_stops_and_costs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = generation(ROOT.child(0), dataclasses.replace(ROOT.child(1), quality_to_beat=0.6), intervals=4)
+    plan = dataclasses.replace(plan, gains=(0.5, 0.25, 0.25, 0.0))
+    answers = iter([0.2, 0.3, 0.3, 0.4, 0.2, 0.3])
+    monkeypatch.setattr(one_by_one, "accuracy", lambda *_: next(answers))
+    listener = Listener()
+    first, second = train(plan, listener=listener)
+    assert first.interval_qualities == (0.2, 0.3, 0.3, 0.4)
+    assert second.interval_qualities == (0.2, 0.3)
+    assert second.num_trained_images == first.num_trained_images / 2
+    assert listener.heard[4:] == [(1, 0, 0.2), (1, 1, 0.3)]
 
 
 @pytest.mark.parametrize(("qualities", "best"), [((0.5, 0.7, 0.7, 0.6), 1), ((0.0, 0.0, 0.0, 0.0), 0), ((0.1, 0.2, 0.3, 0.4), 3)])
@@ -226,7 +251,7 @@ def test_keeps_the_weights_of_the_best_interval_the_earliest_on_ties(
 ) -> None:
     full = generation(ROOT.child(hyperparameters=PLAIN.replace(schedule="constant")), intervals=4)
     short = dataclasses.replace(full, length=dataclasses.replace(full.length, intervals=best + 1))
-    monkeypatch.setattr(one_by_one, "accuracy", lambda predict, images: next(answers))
+    monkeypatch.setattr(one_by_one, "accuracy", lambda predict, images, batch_parts: next(answers))
     answers = iter(qualities)
     listener = Listener()
     (result,) = train(full, listener=listener)

@@ -1,0 +1,408 @@
+"""What `munet-evolve` does, as calls for scripts and notebooks. Builds and wires, for the command line too; docs/python.md shows how.
+
+Importing it is quick: torch loads when a root, a trainer or an export is first needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evolve.baseline import BaselinePlan, Listener, Method, SilentListener
+from evolve.baseline import run_baselines as run_active_baselines
+from evolve.closing import ActiveTask
+from evolve.config import Experiment, RootSettings, TrainingSettings, load_settings
+from evolve.data.task import TaskData
+from evolve.errors import DataError, SettingsError, SystemFolderError
+from evolve.export.settings import Precision, Target
+from evolve.generation import Trainer
+from evolve.layer import PATCH_EMBED, LayerKind
+from evolve.search import Observer, SearchPlan, SilentObserver, check_image_size, run_rounds
+from evolve.store import System
+from munet.names import check_task_name, similar_names
+
+if TYPE_CHECKING:
+    from evolve.export.publish import PublishResult
+    from evolve.root import LoadedRoot
+
+AnyPath = str | os.PathLike[str]
+"""A file or folder."""
+
+MakeTrainer = Callable[[System, TaskData], Trainer]
+"""Makes the trainer of a task when its turn comes."""
+
+
+class LoadingObserver(Protocol):
+    """Told how the loading of data goes."""
+
+    def loading(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Gives, for the time in which a task's data are loaded, what is told how many steps are done, and of how many."""
+        ...
+
+    def loaded(self, data: TaskData, seconds: float) -> None:
+        """A task's data are there; `data.warnings` says what is odd about them."""
+        ...
+
+
+class _SilentLoading:
+    """Tells nobody."""
+
+    def loading(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return contextlib.nullcontext(lambda _done, _total: None)
+
+    def loaded(self, data: TaskData, seconds: float) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run works on.
+
+    Attributes:
+        system: opened, or made.
+        data: of the tasks that have rounds to do, in the order of the experiment.
+        private: names of those tasks that are private.
+    """
+
+    system: System
+    data: tuple[TaskData, ...]
+    private: frozenset[str]
+
+
+def load_experiment(file: AnyPath) -> Experiment:
+    """Reads an experiment from a TOML file; relative paths in it are taken from the file's folder.
+
+    Raises:
+        SettingsError: the file is missing, no TOML, or a setting is unknown or impossible.
+    """
+    return load_settings(pathlib.Path(file), Experiment)
+
+
+def open_or_create(folder: AnyPath, root: RootSettings | None = None) -> System:
+    """Opens the system in a folder, or starts one there.
+
+    Args:
+        folder: of the system.
+        root: the pretrained path that it starts from, or must have started from; by default the bundled one.
+
+    Raises:
+        SettingsError: the system there has another root.
+        CheckpointError: the root cannot be loaded.
+        SystemFolderError: the folder cannot be read or written, or holds a system of a newer format.
+        DamagedError: the system's own root cannot be read.
+    """
+    settings, where = root or RootSettings(), pathlib.Path(folder)
+    return _open(settings, where) or _create(settings, _load_root(settings), where)
+
+
+def prepare(
+    experiment: Experiment,
+    folder: AnyPath,
+    *,
+    tasks: Collection[str] | None = None,
+    loading: LoadingObserver | None = None,
+    is_pending: Callable[[System, str], bool] | None = None,
+    check_root: Callable[[int], None] = lambda _num_blocks: None,
+) -> Prepared:
+    """Loads root and data, then opens or makes the system: what is wrong shows before anything is written.
+
+    Args:
+        experiment: what to run.
+        folder: of the system.
+        tasks: names of the experiment's tasks to run; all by default.
+        loading: told how it goes.
+        is_pending: tells, before any data are loaded, whether a task of a system that is there has something to do; by default
+            whether it has fewer rounds than the experiment wants.
+        check_root: raises SettingsError if a root of so many blocks will not do.
+
+    Raises:
+        EvolveError: of a kind that says what cannot be used: settings, root, data or folder.
+    """
+    from evolve.data.load import load_task
+    from evolve.training.device import resolve_device
+
+    told, where = loading or _SilentLoading(), pathlib.Path(folder)
+    chosen = _choose(experiment, tasks)
+    resolve_device(experiment.training)
+    system = _open(experiment.root, where)
+    if system is not None:
+        _check_images(system, experiment.defaults.image_size)
+        check_root(system.root.num_blocks)
+        root = None
+    else:
+        # First, as it is quick and data may take hours.
+        root = _load_root(experiment.root)
+        check_image_size(root.layers[PATCH_EMBED][0].integer("patch_size"), experiment.defaults.image_size)
+        check_root(sum(position.kind is LayerKind.BLOCK for position in root.layers))
+    decide = is_pending or _has_rounds_to_do(experiment.search.rounds)
+    # All of them first, for the same reason.
+    pending = [task for task in chosen if system is None or decide(system, task.name)]
+    loaded = []
+    for task in pending:
+        started = time.monotonic()
+        with told.loading(task.name) as progress:
+            loaded.append(load_task(task, progress))
+        told.loaded(loaded[-1], time.monotonic() - started)
+    if system is None and root is not None:
+        system = _create(experiment.root, root, where)
+    if system is None:
+        raise RuntimeError("neither a system nor a root")
+    return Prepared(system, tuple(loaded), frozenset(task.name for task in chosen if task.private))
+
+
+def run(
+    experiment: Experiment,
+    folder: AnyPath,
+    *,
+    tasks: Collection[str] | None = None,
+    make_trainer: MakeTrainer | None = None,
+    observer: Observer | None = None,
+) -> System:
+    """Brings the tasks of an experiment to its number of rounds, as `munet-evolve run` does, and goes on where an earlier run stopped.
+
+    Args:
+        experiment: what to run.
+        folder: of the system, made if missing.
+        tasks: names of the experiment's tasks to evolve; all by default.
+        make_trainer: see `run_tasks`.
+        observer: told what happens.
+
+    Raises:
+        EvolveError: see `prepare` and `run_tasks`.
+    """
+    prepared = prepare(experiment, folder, tasks=tasks)
+    plan = SearchPlan.of(experiment)
+    run_tasks(prepared.system, prepared.data, plan, private=prepared.private, make_trainer=make_trainer, observer=observer)
+    return prepared.system
+
+
+def run_tasks(
+    system: System,
+    data: Iterable[TaskData],
+    plan: SearchPlan,
+    *,
+    private: Collection[str] = (),
+    make_trainer: MakeTrainer | None = None,
+    observer: Observer | None = None,
+    on_closed: Callable[[str], None] = lambda _task: None,
+) -> list[str]:
+    """Brings tasks of any origin to the plan's number of rounds.
+
+    A search that was stopped goes on with the same data, plan and trainer.
+
+    Args:
+        system: the system; tasks in it that are not listed serve as seeds only.
+        data: of each task, in the order in which they are evolved in each round. Quality is measured on the first validation
+            images, as many as the plan says: shuffle them once and for all.
+        plan: how to search.
+        private: names of tasks whose layers are to serve no other task.
+        make_trainer: makes the trainer of a task when its turn comes; by default one that trains children one by one, with torch.
+        observer: told what happens.
+        on_closed: called with a task's name after each of its rounds.
+
+    Returns:
+        Names of the tasks of which a round was closed, once for each round.
+
+    Raises:
+        DataError: data that cannot be used, or are not those that a task was evolved on before.
+        SettingsError: two tasks have one name, a search was begun with other settings, or settings cannot be used.
+        BusyError: another process is evolving one of the tasks.
+        TrainerError: a trainer of somebody's own does not keep its promises.
+        MemoryShortageError: a child does not fit into memory.
+        SystemFolderError: the system is damaged or cannot be written.
+    """
+    listed = list(data)
+    _check_own_data(listed)
+    make = make_trainer or one_by_one(plan.training)
+    closed = []
+
+    def finish(name: str) -> None:
+        closed.append(name)
+        on_closed(name)
+
+    run_rounds(system, _active(system, listed, make, private), plan, observer or SilentObserver(), finish)
+    return closed
+
+
+def run_baselines(
+    system: System,
+    data: Iterable[TaskData],
+    method: Method,
+    plan: BaselinePlan,
+    *,
+    make_trainer: MakeTrainer | None = None,
+    listener: Listener | None = None,
+) -> None:
+    """Trains the root on tasks of any origin without a search, as `munet-evolve baseline` does; see evolve.baseline.
+
+    Args:
+        system: gives the root; its tasks are neither used nor changed.
+        data: of each task.
+        method: what is trained, such as `Method.parse("finetune")`.
+        plan: how long; it must be the search's that is compared with.
+        make_trainer: see `run_tasks`.
+        listener: told what happens.
+
+    Raises:
+        EvolveError: see `run_tasks`.
+    """
+    listed = list(data)
+    _check_own_data(listed)
+    make = make_trainer or one_by_one(plan.search.training)
+    run_active_baselines(system, _active(system, listed, make, ()), method, plan, listener or SilentListener())
+
+
+def one_by_one(training: TrainingSettings) -> MakeTrainer:
+    """Returns what makes the trainer that runs use by default: children one after another, with torch.
+
+    Args:
+        training: device, precision and threads matter.
+
+    Raises:
+        SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
+    """
+    from evolve.training.device import resolve_device
+    from evolve.training.one_by_one import OneByOneTrainer
+
+    resolve_device(training)
+    return lambda system, data: OneByOneTrainer(data, system.tensors, training)
+
+
+def publish(
+    system: System,
+    repository: AnyPath,
+    *,
+    target: Target = "cpu",
+    precision: Precision = "float32",
+    progress: Callable[[str], None] | None = None,
+) -> PublishResult:
+    """Publishes every task's current path to a model repository, as `munet-evolve export` does.
+
+    Args:
+        system: what to publish.
+        repository: its folder, made if missing.
+        target: where Triton is to run it.
+        precision: of the weights and hidden states that are published.
+        progress: takes a sentence about each step.
+
+    Raises:
+        ExportError: see evolve.export.publish.export_system.
+        DamagedError: something of the system cannot be read.
+    """
+    from evolve.export.publish import export_system
+
+    return export_system(system, pathlib.Path(repository), target=target, precision=precision, progress=progress)
+
+
+def remove_task(system: System, task: str) -> None:
+    """Removes a task. Layers that others use stay; publishing takes it out of the model repository.
+
+    Raises:
+        SystemFolderError: there is no such task, or the folder cannot be written.
+        BusyError: another process is evolving it.
+    """
+    system.check_known(task)
+    with system.evolving(task), system.publishing():
+        system.remove_task(task)
+
+
+def _choose(experiment: Experiment, names: Collection[str] | None) -> list[Any]:
+    known = [task.name for task in experiment.tasks]
+    for name in names or ():
+        if name not in known:
+            similar = similar_names(name, known)
+            raise SettingsError(
+                f"found no task {name!r} in the experiment",
+                f"one of {known}",
+                f"did you mean {' or '.join(map(repr, similar))}?" if similar else "",
+            )
+    return [task for task in experiment.tasks if not names or task.name in names]
+
+
+def _open(root: RootSettings, folder: pathlib.Path) -> System | None:
+    """Opens the system if there is one, and checks that it has the root that is asked for."""
+    if not System.exists(folder):
+        return None
+    system = System.open(folder)
+    source = _describe_root(root)
+    if system.root_source and dict(system.root_source) != source:
+        raise SettingsError(
+            f"found a system in {folder} with root {dict(system.root_source)}",
+            f"the experiment's root {source}",
+            "use the same root, or another folder: a system keeps its root for life",
+        )
+    return system
+
+
+def _load_root(settings: RootSettings) -> LoadedRoot:
+    from evolve.root import load_root
+
+    return load_root(settings)
+
+
+def _create(settings: RootSettings, root: LoadedRoot, folder: pathlib.Path) -> System:
+    try:
+        return System.create(folder, root.layers, root.image_size, _describe_root(settings))
+    except SystemFolderError:
+        # Another process may have made one while this one loaded its data.
+        made = _open(settings, folder)
+        if made is None:
+            raise
+        return made
+
+
+def _describe_root(root: RootSettings) -> dict[str, Any]:
+    description = root.model_dump(mode="json", exclude={"file"})
+    if root.file is not None:
+        try:
+            description["sha256"] = hashlib.sha256(root.file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise SettingsError(f"could not read root.file {root.file} ({error.strerror})", "a checkpoint") from error
+    return description
+
+
+def _check_images(system: System, image_size: int) -> None:
+    check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), image_size)
+
+
+def _check_own_data(listed: Sequence[TaskData]) -> None:
+    from evolve.data.load import check
+
+    names = [one.name for one in listed]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SettingsError(f"found tasks {twice} more than once", "one of each name")
+    for one in listed:
+        try:
+            check_task_name(one.name)
+        except ValueError as error:
+            raise DataError(str(error), "another name") from error
+        check(one, f"the data of {one.name}")
+
+
+def _has_rounds_to_do(rounds: int) -> Callable[[System, str], bool]:
+    def decide(system: System, task: str) -> bool:
+        record = system.tasks().get(task)
+        return record is None or record.rounds < rounds
+
+    return decide
+
+
+def _active(
+    system: System, data: Sequence[TaskData], make: MakeTrainer, private: Collection[str]
+) -> list[tuple[ActiveTask, Callable[[], Trainer]]]:
+    return [
+        (ActiveTask(one.name, one.labels, len(one.train), one.fingerprint, one.name in private), _deferred(make, system, one))
+        for one in data
+    ]
+
+
+def _deferred(make: MakeTrainer, system: System, data: TaskData) -> Callable[[], Trainer]:
+    return lambda: make(system, data)
