@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import rich.console
 import rich.table
@@ -24,11 +24,16 @@ from evolve.config import Experiment, RootSettings, TaskSettings, load_settings
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED
+from evolve.observers import Observers
 from evolve.progress import ProgressObserver, loading, publishing
 from evolve.search import SearchPlan, check_image_size, run_rounds
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
+from evolve.watch import Watcher, follow, view
 from munet.names import similar_names
+
+if TYPE_CHECKING:
+    from evolve.tensorboard import TensorBoardObserver
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +65,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")] = None,
     precision: PrecisionOption = "float32",
+    tensorboard: Annotated[
+        pathlib.Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write scalars for TensorBoard here.")
+    ] = None,
 ) -> None:
     """Evolve the tasks of an experiment.
 
@@ -71,6 +79,7 @@ def run(
     settings = _override(load_settings(experiment, Experiment), rounds=rounds, seed=seed, device=device)
     chosen = _choose_tasks(settings, task)
     console = rich.console.Console()
+    scalars = [] if tensorboard is None else [_write_scalars(tensorboard)]
     opened, active = _prepare(settings, chosen, system, console)
     plan = SearchPlan(settings.seed, settings.defaults, settings.search, settings.training)
     observer = ProgressObserver(console)
@@ -86,13 +95,15 @@ def run(
         publish()
 
     try:
-        run_rounds(opened, active, plan, observer, finish)
+        run_rounds(opened, active, plan, Observers([observer, *scalars]), finish)
     except KeyboardInterrupt:
         observer.stop()
         typer.echo("interrupted; nothing that was finished is lost: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     finally:
         observer.stop()
+        for writer in scalars:
+            writer.stop()
     if not closed:
         rounds_had = _counted(settings.search.rounds, "round")
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
@@ -115,6 +126,47 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     else:
         _print_summary(summary, rich.console.Console())
+
+
+@app.command()
+def report(
+    system: SystemFolder,
+    out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Folder to write to; made if missing.")],
+) -> None:
+    """Write a page with figures: leaderboard, baselines, the multitask model, families, hyperparameters, cost.
+
+    report.html needs nothing else; figures/ holds its figures as SVG and PNG, tables/ and report.json every number.
+    """
+    # It draws, and what draws takes time to load.
+    from evolve.report.write import PAGE, write_report
+
+    content = write_report(System.open(system), out)
+    for finding in content.findings:
+        typer.echo(f"warning: {finding}", err=True)
+    tasks, searches = _counted(len(content.summary.tasks), "task"), len(content.searches)
+    typer.echo(f"{out / PAGE}: {tasks}, {searches} search{'' if searches == 1 else 'es'}")
+
+
+@app.command()
+def watch(
+    system: SystemFolder,
+    once: Annotated[bool, typer.Option("--once", help="Print what there is to see now, and end.")] = False,
+) -> None:
+    """Watch a running search from another terminal; Ctrl-C ends the watch, not the search.
+
+    Where there is no terminal, it prints what there is now, then a line for each child that finishes.
+    """
+    watcher = Watcher(system)
+    console = rich.console.Console()
+    if once:
+        watcher.poll()
+        console.print(view(watcher, time.time()))
+        return
+    try:
+        follow(watcher, console)
+    except KeyboardInterrupt:
+        # That is how a watch ends.
+        return
 
 
 @app.command()
@@ -293,6 +345,18 @@ def _describe_root(root: RootSettings) -> dict[str, Any]:
         except OSError as error:
             raise SettingsError(f"could not read root.file {root.file} ({error.strerror})", "a checkpoint") from error
     return description
+
+
+def _write_scalars(folder: pathlib.Path) -> TensorBoardObserver:
+    try:
+        from evolve.tensorboard import TensorBoardObserver
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "tensorboardX":
+            raise
+        raise SettingsError(
+            "found no module 'tensorboardX' for --tensorboard", "the packages of 'tensorboard'", "pip install '.[tensorboard]'"
+        ) from None
+    return TensorBoardObserver(folder)
 
 
 def _check_precision(precision: str) -> Literal["float32", "float16"]:
