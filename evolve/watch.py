@@ -11,7 +11,6 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import rich.box
 import rich.console
 import rich.live
 import rich.table
@@ -118,24 +117,44 @@ def seconds_left(search: Search) -> float | None:
 # Words
 
 
-def news(search: Search, num_told: int) -> Iterator[str]:
-    """Yields a line for each child that was not told of, and one if the search has closed.
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What was told of a search already.
+
+    Attributes:
+        num_children: finished.
+        closed: whether it has.
+    """
+
+    num_children: int = 0
+    closed: bool = False
+
+    @staticmethod
+    def all_of(search: Search) -> Told:
+        """Returns what there is to tell of a search now."""
+        return Told(len(search.children), search.end is not None)
+
+
+def news(search: Search, told: Told) -> Iterator[str]:
+    """Yields a line for each child that was not told of, and one if the search has closed since.
 
     Args:
-        search: as it is now.
-        num_told: children that were told of.
+        search: as it is now; one that has fewer children than were told of was begun anew.
+        told: before.
     """
+    if told.num_children > len(search.children):
+        told = Told()
     name = f"{search.task}, round {search.round + 1}"
-    for child in search.children[num_told:]:
+    for child in search.children[told.num_children :]:
         yield f"{name}: child {child.number + 1} of {search.num_planned}, {describe(child)}"
-    if search.end is not None:
+    if search.end is not None and not told.closed:
         tested = "" if search.end.test_accuracy is None else f", test accuracy {search.end.test_accuracy:.4f}"
         yield f"{name}: closed with quality {search.end.quality:.4f}{tested}"
 
 
 def describe(child: Child) -> str:
     """Returns what came of a child, in words."""
-    parts = [f"from {child.parent} {child.parent_id[:8]}", f"quality {child.quality:.4f}", f"score {child.score:.4f}"]
+    parts = [f"from {child.parent} {child.parent_id[:6]}", f"quality {child.quality:.4f}", f"score {child.score:.4f}"]
     parts += [_fate(child), f"{child.seconds:.1f} s", "; ".join(child.mutations) or "unmutated"]
     return ", ".join(parts)
 
@@ -166,8 +185,7 @@ def view(watcher: Watcher, now: float) -> rich.console.RenderableType:
     running, closed = watcher.running, watcher.closed
     parts: list[rich.console.RenderableType] = []
     if running:
-        parts.append(_running_table(running, now))
-        parts += [_children_table(running[0].search), rich.text.Text()]
+        parts += [_running_table(running, now), rich.text.Text(), _children_table(running[0].search), rich.text.Text()]
     if closed:
         parts.append(_closed_table(closed))
     if not running:
@@ -177,15 +195,23 @@ def view(watcher: Watcher, now: float) -> rich.console.RenderableType:
 
 
 def _table(title: str, columns: Sequence[str], words: Iterable[str]) -> rich.table.Table:
-    table = rich.table.Table(title=rich.text.Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table = rich.table.Table(title=rich.text.Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
     left = set(words)
     for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", overflow="ellipsis" if name == "task" else "fold")
+        # Where there is little room, names give way; numbers are never cut.
+        gives_way = name in ("task", "parent", "mutations")
+        table.add_column(
+            name,
+            justify="left" if name in left else "right",
+            no_wrap=name != "mutations",
+            min_width=None if gives_way else len(name),
+            overflow="ellipsis" if name != "mutations" else "fold",
+        )
     return table
 
 
 def _running_table(running: Sequence[Seen], now: float) -> rich.table.Table:
-    columns = ("task", "round", "generation", "children", "before", "quality", "score", "a child", "left", "last word")
+    columns = ("task", "round", "gen.", "children", "before", "quality", "score", "a child", "left", "last")
     table = _table("under way", columns, ("task",))
     for seen in running:
         search, best = seen.search, seen.search.best
@@ -199,21 +225,23 @@ def _running_table(running: Sequence[Seen], now: float) -> rich.table.Table:
             "-" if best is None else f"{best.score:.4f}",
             _duration(seconds_per_child(search)),
             _duration(seconds_left(search)),
-            f"{_duration(max(0.0, now - seen.changed))} ago",
+            _duration(max(0.0, now - seen.changed)),
         )
     return table
 
 
 def _children_table(search: Search) -> rich.table.Table:
-    title = f"{search.task}: the last children"
-    table = _table(title, ("child", "parent", "quality", "score", "fate", "time", "mutations"), ("parent", "fate", "mutations"))
+    # Where nothing is scaled, the score is the quality.
+    scored = search.scale_factor != 1
+    columns = ("child", "parent", "quality", *(("score",) if scored else ()), "fate", "time", "mutations")
+    table = _table(f"{search.task}: the last children", columns, ("parent", "fate", "mutations"))
     for child in reversed(search.children[-_RECENT:]):
         style = "red" if child.diverged else "green" if child.survived else "dim"
         table.add_row(
             str(child.number + 1),
-            rich.text.Text(f"{child.parent} {child.parent_id[:8]}"),
+            rich.text.Text(f"{child.parent} {child.parent_id[:6]}"),
             f"{child.quality:.4f}",
-            f"{child.score:.4f}",
+            *((f"{child.score:.4f}",) if scored else ()),
             rich.text.Text(_fate(child), style=style),
             _duration(child.seconds),
             rich.text.Text("; ".join(child.mutations) or "unmutated"),
@@ -254,16 +282,14 @@ def follow(watcher: Watcher, console: rich.console.Console, sleep: Callable[[flo
                 sleep(POLL_SECONDS)
                 watcher.poll()
     console.print(view(watcher, time.time()))
-    told = {(search.task, search.round): len(search.children) for search in _all(watcher)}
+    told = {(search.task, search.round): Told.all_of(search) for search in _all(watcher)}
     while True:
         sleep(POLL_SECONDS)
         for search in watcher.poll():
             key = (search.task, search.round)
-            # A journal that was removed and begun again starts over.
-            known = told.get(key, 0) if told.get(key, 0) <= len(search.children) else 0
-            for line in news(search, known):
+            for line in news(search, told.get(key, Told())):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
-            told[key] = len(search.children)
+            told[key] = Told.all_of(search)
 
 
 def _all(watcher: Watcher) -> list[Search]:

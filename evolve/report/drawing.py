@@ -93,6 +93,13 @@ def new_figure(width: float, height: float, *, layout: Literal["constrained"] | 
     return figure
 
 
+def settle(figure: Figure) -> None:
+    """Lays a figure out for good: layouts are slow, and each file that is written of it would begin anew."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """Returns a figure as an SVG document; the same figure gives the same text.
 
@@ -100,6 +107,7 @@ def to_svg(figure: Figure, name: str) -> str:
         figure: the figure.
         name: starts every id in it, so that several can stand in one page.
     """
+    settle(figure)
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
@@ -111,6 +119,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def to_png(figure: Figure) -> bytes:
     """Returns a figure as PNG, with two pixels for one of the page."""
+    settle(figure)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI * _PNG_SCALE, metadata={"Software": None})
     return stream.getvalue()
@@ -170,8 +179,7 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> int:
     figure = axes.get_figure(root=True)
     if figure is None or not isinstance(figure.canvas, FigureCanvasAgg):
         raise ValueError("found axes of no figure of `new_figure`, expected some that stand in one")
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    settle(figure)
     renderer = figure.canvas.get_renderer()  # type: ignore[no-untyped-call]
     frame = axes.get_window_extent(renderer)
     points = [axes.transData.transform((x, y)) for x, y, _ in labels]

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from evolve.layer import POS_EMBED, Layer, LayerKind, Position
+from evolve.layer import POS_EMBED, LayerKind
 from evolve.path import Path, ordered_positions
 from evolve.report.searches import ROOT, Search
 from evolve.store import System
@@ -75,7 +75,7 @@ class Structure:
     """The multitask model.
 
     Attributes:
-        tasks: in the order in which they are best drawn: those that share much, side by side.
+        tasks: those that share much, side by side; so they lie in the lowest row, too, as far as its layers allow.
         rows: from bottom to top.
         in_common: of each pair of tasks, each with itself included, in the order of `tasks`.
     """
@@ -85,7 +85,7 @@ class Structure:
     in_common: tuple[InCommon, ...]
 
 
-def structure_of(system: System, searches: Iterable[Search]) -> Structure:
+def structure_of(system: System, searches: Sequence[Search]) -> Structure:
     """Returns what the multitask model of a system is made of now.
 
     Args:
@@ -95,8 +95,7 @@ def structure_of(system: System, searches: Iterable[Search]) -> Structure:
     Raises:
         DamagedError: a path or layer is missing or altered.
     """
-    records = system.tasks()
-    paths = {name: system.path(record.path_id) for name, record in records.items()}
+    paths = {name: system.path(record.path_id) for name, record in system.tasks().items()}
     root_ids = set(system.root.layer_ids)
     for path in paths.values():
         spec = path.layer(POS_EMBED).spec
@@ -104,12 +103,22 @@ def structure_of(system: System, searches: Iterable[Search]) -> Structure:
             # Resampled position embeddings belong to the root, whichever task came to need them.
             root_ids.add(system.position_embedding(spec.integer("grid_height")).id)
     trainers = _trainers(searches, root_ids)
-    for name in sorted(records, key=lambda name: records[name].order):
-        # Without its journal, the task that took a layer up first may have trained it; one whose parent had it did not.
-        for layer_id in paths[name].layer_ids:
-            if layer_id not in trainers:
-                users = [other for other in paths if layer_id in paths[other].layer_ids]
-                trainers[layer_id] = name if len(users) == 1 else UNKNOWN
+    searched = {search.task for search in searches}
+    for layer_id in {layer_id for path in paths.values() for layer_id in path.layer_ids} - trainers.keys():
+        users = [name for name, path in paths.items() if layer_id in path.layer_ids]
+        # A task without journals trained what it alone uses; what no journal knows otherwise came from a task that was removed.
+        trainers[layer_id] = users[0] if len(users) == 1 and users[0] not in searched else UNKNOWN
+    return arrange(paths, trainers, root_ids)
+
+
+def arrange(paths: Mapping[str, Path], trainers: Mapping[str, str], root_ids: Iterable[str]) -> Structure:
+    """Returns the multitask model that paths make.
+
+    Args:
+        paths: current paths by task.
+        trainers: who trained each layer, by its id.
+        root_ids: ids of the layers that are the root's.
+    """
     tasks = order_tasks(paths)
     return Structure(tuple(tasks), tuple(_rows(tasks, paths, trainers)), tuple(_in_common(tasks, paths, root_ids)))
 
@@ -152,36 +161,28 @@ def _trainers(searches: Iterable[Search], root_ids: Iterable[str]) -> dict[str, 
 def _rows(tasks: Sequence[str], paths: Mapping[str, Path], trainers: Mapping[str, str]) -> Iterable[Row]:
     """Yields the rows that hold a layer, from bottom to top.
 
-    In each row the users of a layer lie side by side, and layers go by the middle of their users: lines cross as little as such an
-    order allows, and where nothing parts they are straight.
+    In each row the users of a layer lie side by side, and layers go by where their users lie in the row below: lines that need not
+    part are straight.
     """
     num_blocks = max((path.num_blocks for path in paths.values()), default=0)
-    place = {task: index for index, task in enumerate(tasks)}
+    lanes = list(tasks)
     for position in ordered_positions(num_blocks, range(num_blocks)):
+        place = {task: lane for lane, task in enumerate(lanes)}
+        # A task without a layer there passes by in a lane of its own.
+        found = {task: paths[task].find(position) for task in lanes}
         users: dict[str, list[str]] = {}
-        for task in tasks:
-            layer = paths[task].find(position)
-            # A task without a layer there passes by in a lane of its own.
+        for task, layer in found.items():
             users.setdefault(layer.id if layer else f"past {task}", []).append(task)
-        groups = sorted(users.items(), key=lambda group: (_middle([place[task] for task in group[1]]), group[0]))
-        if position.kind is LayerKind.ADAPTER and all(key.startswith("past ") for key in users):
+        if position.kind is LayerKind.ADAPTER and not any(found.values()):
             continue
-        lane = 0
-        layers = []
-        for layer_id, group in groups:
-            layer = paths[group[0]].find(position)
-            if layer is not None:
-                layers.append(_shared_layer(position, layer, trainers[layer_id], group, lane))
-            lane += len(group)
-        yield Row(str(position), tuple(itertools.chain.from_iterable(group for _, group in groups)), tuple(layers))
-
-
-def _shared_layer(position: Position, layer: Layer, trained_by: str, tasks: Sequence[str], lane: int) -> SharedLayer:
-    return SharedLayer(str(position), layer.id, trained_by, tuple(tasks), layer.num_parameters, lane)
-
-
-def _middle(places: Sequence[int]) -> float:
-    return sum(places) / len(places)
+        groups = sorted(users.values(), key=lambda group: sum(place[task] for task in group) / len(group))
+        lanes = [task for group in groups for task in group]
+        layers = [
+            SharedLayer(str(position), layer.id, trainers[layer.id], tuple(group), layer.num_parameters, lanes.index(group[0]))
+            for group in groups
+            if (layer := found[group[0]]) is not None
+        ]
+        yield Row(str(position), tuple(lanes), tuple(layers))
 
 
 def _in_common(tasks: Sequence[str], paths: Mapping[str, Path], root_ids: Iterable[str]) -> Iterable[InCommon]:
