@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +12,22 @@ from matplotlib.ticker import MaxNLocator
 
 from evolve.report.drawing import ACCENT, BAD, INK, MUTED, SECOND, SMALL, SURFACE, WIDTH, new_figure, shorten
 from evolve.report.searches import Child, Search
+
+
+class _Look(NamedTuple):
+    """How a child is drawn."""
+
+    marker: str
+    size: float
+    face: str
+    edge: str
+    words: str
+
+
+_OF_SEED = _Look("s", 22, SECOND, SECOND, "child of a seed")
+_BETTER = _Look("o", 22, ACCENT, ACCENT, "beat its parent")
+_WORSE = _Look("o", 16, SURFACE, MUTED, "did not")
+_DIVERGED = _Look("x", 26, BAD, BAD, "diverged")
 
 
 def draw_family(searches: Sequence[Search]) -> Figure:
@@ -23,22 +39,27 @@ def draw_family(searches: Sequence[Search]) -> Figure:
     figure = new_figure(WIDTH, 320)
     axes = figure.add_subplot()
     places: dict[str, tuple[float, float]] = {}
+    dots: dict[_Look, list[tuple[float, float]]] = {}
     offset = 0
     children = [child for search in searches for child in search.children]
     bottom, top = _score_range(children)
     for search in searches:
         if offset:
-            axes.axvline(offset - 0.5, color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
+            axes.axvline(offset + 0.5, color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
         family = _line_of(search)
         for child in search.children:
             here = (offset + child.number + 1.0, max(child.score, bottom))
             _draw_descent(axes, places.get(child.parent_id), here, child, is_ancestor=child.path_id in family)
             places.setdefault(child.path_id, here)
-            axes.scatter(*here, clip_on=False, **_look(child))
+            dots.setdefault(_look(child), []).append(here)
         if search.end is not None and search.end.path_id in places:
             x, y = places[search.end.path_id]
             axes.scatter(x, y, s=110, facecolor="none", edgecolor=INK, linewidth=1.2, zorder=5, clip_on=False)
         offset += len(search.children)
+    for look, those in dots.items():
+        looks: dict[str, Any] = {"facecolor": look.face, "edgecolor": look.edge} if look.marker != "x" else {"color": look.edge}
+        xs, ys = zip(*those, strict=True)
+        axes.scatter(xs, ys, s=look.size, marker=look.marker, linewidth=1, zorder=4, clip_on=False, **looks)
     axes.set_xlim(0, max(offset, 1) + 1)
     axes.set_ylim(bottom, top)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -84,27 +105,27 @@ def _draw_descent(
     axes.plot((parent[0], here[0]), (parent[1], here[1]), **looks)
 
 
-def _look(child: Child) -> dict[str, Any]:
+def _look(child: Child) -> _Look:
     if child.diverged:
-        return {"marker": "x", "s": 26, "color": BAD, "linewidth": 1.2, "zorder": 4}
+        return _DIVERGED
     if child.parent_score is None:
-        return {"marker": "s", "s": 24, "color": SECOND, "zorder": 4}
-    if child.survived:
-        return {"marker": "o", "s": 24, "color": ACCENT, "zorder": 4}
-    return {"marker": "o", "s": 16, "facecolor": SURFACE, "edgecolor": MUTED, "linewidth": 0.8, "zorder": 4}
+        return _OF_SEED
+    return _BETTER if child.survived else _WORSE
 
 
-def _legend(children: Sequence[Child]) -> list[Any]:
-    looks = [
-        ("s", SECOND, SECOND, "child of a seed"),
-        ("o", ACCENT, ACCENT, "beat its parent"),
-        ("o", SURFACE, MUTED, "did not"),
-    ]
-    if any(child.diverged for child in children):
-        looks.append(("x", BAD, BAD, "diverged"))
+def _legend(children: Sequence[Child]) -> list[Line2D]:
+    looks = [_OF_SEED, _BETTER, _WORSE] + ([_DIVERGED] if any(child.diverged for child in children) else [])
     entries = [
-        Line2D([], [], linestyle="none", marker=m, markersize=5, markerfacecolor=f, markeredgecolor=e, label=w)
-        for m, f, e, w in looks
+        Line2D(
+            *([], []),
+            linestyle="none",
+            marker=look.marker,
+            markersize=5,
+            markerfacecolor=look.face,
+            markeredgecolor=look.edge,
+            label=look.words,
+        )
+        for look in looks
     ]
     ring: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgecolor": INK}
     entries.append(Line2D([], [], linestyle="none", label="became current", **ring))
