@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -116,7 +117,10 @@ class TensorBoardObserver:
 
     def _give_up(self, error: OSError) -> None:
         """Writes no more of this run: a search goes on without its pictures."""
-        self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
         sys.stderr.write(f"warning: {_unwritable(self._folder, error)}; this round goes on without TensorBoard\n")
 
 

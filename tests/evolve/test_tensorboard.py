@@ -109,6 +109,7 @@ def test_a_search_that_goes_on_shows_no_point_twice(system, tmp_path, monkeypatc
     monkeypatch.setattr("tensorboardX.event_file_writer.time.time", iter(range(1_000_000_000, 1_000_001_000)).__next__)
     with pytest.raises(_Killed):
         _run(system, observer)
+    observer.stop()
     later = TensorBoardObserver(tmp_path / "scalars")
     _run(system, later)
     run = tmp_path / "scalars" / "one" / "round-1"

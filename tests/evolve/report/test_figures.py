@@ -16,10 +16,10 @@ from evolve.report.drawing import (
     in_units,
     new_figure,
     place_labels,
+    settle,
     shorten,
     style,
     task_colours,
-    to_png,
     to_svg,
 )
 from evolve.report.families import draw_family
@@ -57,7 +57,7 @@ def _written(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
             found.append((text.get_text(), text.get_window_extent(renderer)))
         draw(text, renderer, *rest, **more)
 
-    to_png(figure)  # settles it
+    settle(figure)
     with monkeypatch.context() as patch:
         patch.setattr(matplotlib.text.Text, "draw", record)
         figure.canvas.draw()
