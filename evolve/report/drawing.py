@@ -26,7 +26,8 @@ SECOND = "#e08a1e"
 THIRD = "#3f9e6b"
 BAD = "#c93c3c"
 PALE = "#fdfdfe"
-"""Text on a coloured ground, in light and dark alike."""
+DARK = "#14171b"
+"""This and the one before: words on a coloured ground, which is the same in light and dark."""
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface"}
 """Colours that a page sets by its own variables, so that a figure in it follows its theme."""

@@ -11,6 +11,7 @@ from matplotlib.path import Path as Outline
 
 from evolve.report.drawing import (
     ACCENT,
+    DARK,
     GRID,
     INK,
     LONGEST_NAME,
@@ -116,7 +117,13 @@ def _draw_layer(axes: Axes, layer: SharedLayer, y: float, pitch: float, colours:
     )
     words = f"{len(layer.tasks)} tasks"
     if len(layer.tasks) > 1 and width > (len(words) + 1) * 6.2:
-        axes.text(x + width / 2, y, words, ha="center", va="center_baseline", color=PALE, fontsize=SMALL, zorder=3)
+        axes.text(x + width / 2, y, words, ha="center", va="center_baseline", color=_on(colour), fontsize=SMALL, zorder=3)
+
+
+def _on(colour: str) -> str:
+    """Returns the colour of words that are read well on a ground of this colour."""
+    red, green, blue = _rgb(colour)
+    return DARK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.6 else PALE
 
 
 def _draw_legend(axes: Axes, has_unknown: bool) -> None:

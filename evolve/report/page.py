@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jinja2
 import markupsafe
 
-from evolve.report.content import Content
+from evolve.report.content import SEARCH, Content
 from evolve.report.drawing import VARIABLES, in_time, in_units
 from evolve.report.tables import tables
 
@@ -249,7 +249,7 @@ def _methods(content: Content) -> _Table:
             row.method,
             str(row.num_tasks),
             _share(row.accuracy),
-            _margin(row.margin),
+            "-" if row.method == SEARCH else _margin(row.margin),
             in_units(row.accounted_parameters),
             in_units(row.num_trained_images),
             in_units(row.flops),
