@@ -175,8 +175,9 @@ def _sections(content: Content, drawn: Sequence[Drawn]) -> Iterable[_Section]:
     yield _Section(
         "mutations",
         "Which mutations paid",
-        "A child that carried several counts for each, so that this shows company, not cause; few children mean little. Behind each "
-        "bar: how many, and what they gained or lost in score on average. Children of seeds are left out: they have no score to beat.",
+        "A child that carried several counts for each, so that this shows company, not cause; few children mean little. Beside each "
+        "bar: how many of how many, and what they gained or lost in score on average. Children of seeds are left out: they have no "
+        "score to beat.",
         figures=figures("mutations"),
     )
     yield _Section(

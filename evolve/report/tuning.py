@@ -77,12 +77,13 @@ def draw_mutations(rows: Sequence[Payoff]) -> Figure:
     for index, row in enumerate(rows):
         axes.barh(index, row.share, height=0.66, color=MUTED if row.kind == ANY else ACCENT)
         words = f"{row.num_better} of {row.num_children}, {row.mean_gain:+.4f}"
-        axes.text(row.share + longest * 0.015, index, words, va="center", color=MUTED, fontsize=SMALL)
+        # In a column of their own, which the line of all children does not cross.
+        axes.text(longest * 1.06, index, words, va="center", color=MUTED, fontsize=SMALL)
     axes.axvline(rows[0].share, color=MUTED, linewidth=1, linestyle=(0, (3, 2)), zorder=0)
     axes.set_yticks(range(len(rows)), [row.kind for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, longest * 1.7)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xticks([tick for tick in MaxNLocator(3).tick_values(0, longest) if 0 <= tick <= longest])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
