@@ -7,6 +7,7 @@ import pathlib
 
 from evolve.errors import EvolveError
 from evolve.journal import read_journal
+from evolve.report.searches import journal_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_baselines(folder: pathlib.Path) -> tuple[list[Baseline], list[str]]:
         folder: of the system; baselines/<method>/<task>.jsonl in it, or none.
     """
     baselines, findings = [], []
-    for file in sorted((folder / "baselines").glob("*/*.jsonl")):
+    for file in journal_files(folder, "baselines/*/*"):
         try:
             records = read_journal(file)
         except EvolveError as error:
@@ -58,7 +59,7 @@ def read_baselines(folder: pathlib.Path) -> tuple[list[Baseline], list[str]]:
             continue
         closed = records[-1] if records else None
         if closed is None or closed["type"] != "close":
-            findings.append(f"the baseline {file.parent.name} of {file.stem} is unfinished; it is left out")
+            findings.append(f"the baseline {file.parent.name} of {file.name.partition('.')[0]} is unfinished; it is left out")
             continue
         method, seconds = closed["method"], closed["seconds"]
         if file.parent.name.endswith("-tuned") and "tuned" not in method:

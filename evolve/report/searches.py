@@ -139,13 +139,18 @@ class Search:
         return rest if rest >= 0 else None
 
 
-def journal_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the journals of a system's tasks, in ascending order of name; none if there is no folder of them.
+def journal_files(folder: pathlib.Path, pattern: str = "journal/*-????") -> list[pathlib.Path]:
+    """Returns the journals of a system's searches, in ascending order of name; none if there is no folder of them.
+
+    A closed journal may be compressed; one that is being compressed lies there in both forms, and the plain one is returned.
 
     Args:
         folder: of the system.
+        pattern: of other journals than those of searches, without what their names end in.
     """
-    return sorted((folder / "journal").glob("*-????.jsonl"))
+    found = {file.with_suffix(""): file for file in folder.glob(f"{pattern}.jsonl.gz")}
+    found |= {file: file for file in folder.glob(f"{pattern}.jsonl")}
+    return [found[file] for file in sorted(found)]
 
 
 def read_searches(folder: pathlib.Path) -> tuple[list[Search], list[str]]:
@@ -235,7 +240,7 @@ def _child(
         parent_score=came["parent_score"],
         survived=came["survived"],
         # A trainer answers quality 0 from the interval on in which a child diverged, see Trainer.train.
-        diverged=bool(came.get("diverged", came["interval_qualities"][-1:] == [0.0])),
+        diverged=bool(came.get("diverged", "stopped_after" not in came and came["interval_qualities"][-1:] == [0.0])),
         accounted_parameters=came["accounted_parameters"],
         num_trained_images=came["num_trained_images"],
         flops=came["flops"],

@@ -94,6 +94,13 @@ def test_journals_of_removed_tasks_are_not_listed(system, tmp_path):
     assert journal_files(tmp_path) == []
 
 
+def test_compressed_journals_are_listed_once(tmp_path):
+    (tmp_path / "journal").mkdir()
+    for name in ("a-0001.jsonl", "a-0001.jsonl.gz", "b-0001.jsonl.gz", "c-0001.jsonl", ".d-0001.jsonl.x.part"):
+        (tmp_path / "journal" / name).write_bytes(b"")
+    assert [file.name for file in journal_files(tmp_path)] == ["a-0001.jsonl", "b-0001.jsonl.gz", "c-0001.jsonl"]
+
+
 def test_a_trainer_that_says_what_diverged_is_believed(system):
     records = json.loads(json.dumps(read_journal(system.journal_file("digits", 0))))
     rows = [row for record in records if record["type"] == "pack" for row in record["children"]]
