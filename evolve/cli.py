@@ -13,9 +13,10 @@ import os
 import pathlib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich.console
 import rich.table
@@ -29,11 +30,16 @@ from evolve.data.task import TaskData
 from evolve.errors import DamagedError, EvolveError, SettingsError
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
+from evolve.observers import Observers
 from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.progress import BaselineListener, ProgressObserver, loading, publishing
 from evolve.search import SearchPlan
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
+from evolve.watch import Watcher, follow, view
+
+if TYPE_CHECKING:
+    from evolve.tensorboard import TensorBoardObserver
 
 app = typer.Typer(
     add_completion=False,
@@ -73,6 +79,9 @@ def run(
     recover: Annotated[
         bool, typer.Option("--recover", help="Go on from what is whole of a journal that was altered; a copy is kept.")
     ] = False,
+    tensorboard: Annotated[
+        pathlib.Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write scalars for TensorBoard here.")
+    ] = None,
 ) -> None:
     """Evolve the tasks of an experiment.
 
@@ -86,6 +95,7 @@ def run(
     settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device)
     plan = SearchPlan.of(settings)
     console = rich.console.Console()
+    scalars = [] if tensorboard is None else [_write_scalars(tensorboard)]
     observer = ProgressObserver(console)
 
     def publish(_task: str = "") -> None:
@@ -102,12 +112,17 @@ def run(
             check_unfinished(found, name, plan.to_dict())
         return True
 
-    with _saying_how_to_go_on(observer):
+    with _saying_how_to_go_on(observer, *scalars):
         prepared = api.prepare(settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending)
         for data in prepared.data if restart else ():
             _tell_aside(console, prepared.system, data.name, restart_search, "starts over")
         closed = api.run_tasks(
-            prepared.system, prepared.data, plan, private=prepared.private, observer=observer, on_closed=publish
+            prepared.system,
+            prepared.data,
+            plan,
+            private=prepared.private,
+            observer=Observers([observer, *scalars]),
+            on_closed=publish,
         )
     if not closed:
         rounds_had = _counted(settings.search.rounds, "round")
@@ -180,6 +195,47 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
     else:
         _print_summary(summary, rich.console.Console())
         typer.echo(f"lineage {lineage or 'unknown'}")
+
+
+@app.command()
+def report(
+    system: SystemFolder,
+    out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Folder to write to; made if missing.")],
+) -> None:
+    """Write a page with figures: leaderboard, baselines, the multitask model, families, hyperparameters, cost.
+
+    report.html needs nothing else; figures/ holds its figures as SVG and PNG, tables/ and report.json every number.
+    """
+    # It draws, and what draws takes time to load.
+    from evolve.report.write import PAGE, write_report
+
+    content = write_report(System.open(system), out)
+    for finding in content.findings:
+        typer.echo(f"warning: {finding}", err=True)
+    tasks, searches = _counted(len(content.summary.tasks), "task"), len(content.searches)
+    typer.echo(f"{out / PAGE}: {tasks}, {searches} search{'' if searches == 1 else 'es'}")
+
+
+@app.command()
+def watch(
+    system: SystemFolder,
+    once: Annotated[bool, typer.Option("--once", help="Print what there is to see now, and end.")] = False,
+) -> None:
+    """Watch a running search from another terminal; Ctrl-C ends the watch, not the search.
+
+    Where there is no terminal, it prints what there is now, then a line for each child that finishes.
+    """
+    watcher = Watcher(system)
+    console = rich.console.Console()
+    if once:
+        watcher.poll()
+        console.print(view(watcher, time.time()))
+        return
+    try:
+        follow(watcher, console)
+    except Interrupted:
+        # That is how a watch ends.
+        return
 
 
 @app.command()
@@ -278,9 +334,13 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _saying_how_to_go_on(observer: ProgressObserver | None = None) -> Iterator[None]:
-    """Ends the live view, if there is one, and the command if it is interrupted."""
-    stop = observer.stop if observer is not None else lambda: None
+def _saying_how_to_go_on(*observers: ProgressObserver | TensorBoardObserver) -> Iterator[None]:
+    """Stops the observers, and ends the command if it is interrupted."""
+
+    def stop() -> None:
+        for observer in observers:
+            observer.stop()
+
     try:
         yield
     except Interrupted as signal:
@@ -336,6 +396,18 @@ class _Loading:
         )
         for warning in (*data.warnings, *doubts_about_quality(data)):
             typer.echo(f"warning: {data.name}: {warning}", err=True)
+
+
+def _write_scalars(folder: pathlib.Path) -> TensorBoardObserver:
+    try:
+        from evolve.tensorboard import TensorBoardObserver
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "tensorboardX":
+            raise
+        raise SettingsError(
+            "found no module 'tensorboardX' for --tensorboard", "the packages of 'tensorboard'", "pip install '.[tensorboard]'"
+        ) from None
+    return TensorBoardObserver(folder)
 
 
 def _check_precision(precision: str) -> Literal["float32", "float16"]:

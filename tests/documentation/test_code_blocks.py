@@ -39,6 +39,11 @@ REPLACEMENTS: dict[str, dict[str, str]] = {
     "README.md": _SMALL,
     "docs/first-task.md": {**_SMALL, "blocks = 6\n": "blocks = 1\n"},
     "docs/long-searches.md": {printed: meant for printed, meant in _SMALL.items() if "children" in printed or "batch" in printed},
+    "docs/report.md": {
+        "children_per_task = 8": "children_per_task = 4",
+        "batches_per_interval = 20": "batches_per_interval = 2",
+        'script = "GREEK"': 'script = "GREEK"\ntrain_per_class = 4\nmax_classes = 4',
+    },
 }
 
 PAGES = [page.as_posix() for page in pages()]

@@ -19,6 +19,7 @@ from evolve.root import save_root
 from evolve.store import System
 from evolve.vit import reference_logits
 from tests.support.processes import environment, evolve
+from tests.support.searched import add_baseline, searched_system
 from tests.support.system import IMAGE_SIZE, SKETCHES, build_system, random_tensors, root_specs
 
 SETTINGS = f"""
@@ -221,6 +222,44 @@ def test_a_folder_without_a_system(tmp_path, monkeypatch, capsys, command):
     assert f"found no system in {tmp_path}" in capsys.readouterr().err
 
 
+def test_a_report_and_a_watch_of_a_folder_without_a_system(tmp_path, monkeypatch, capsys):
+    for arguments in (("report", "--out", tmp_path / "out"), ("watch", "--once")):
+        assert _main(monkeypatch, *arguments, "--system", tmp_path) == 2
+        assert f"found no system in {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_system_is_reported_and_watched(tmp_path, monkeypatch, capsys):
+    system = searched_system(tmp_path / "system", 1, children=8)
+    add_baseline(system, "finetune", "digits", is_finished=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _main(monkeypatch, "watch", "--once", "--system", system.folder) == 0
+    assert "no search is under way" in capsys.readouterr().out
+    assert _main(monkeypatch, "report", "--system", system.folder, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'out' / 'report.html'}: 1 task, 1 search\n"
+    assert said.err == "warning: the baseline finetune of digits is unfinished; it is left out\n"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_scalars_are_written_on_request(folder, monkeypatch):
+    file = _write(folder, SETTINGS + COLOURS)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system", "--tensorboard", folder / "scalars") == 0
+    (events,) = (folder / "scalars" / "colours" / "round-1").iterdir()
+    assert events.read_bytes().count(b"child/quality") == 6
+
+
+def test_without_tensorboardx_scalars_are_refused_before_anything_is_read(folder, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "evolve.tensorboard", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboardX"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    file = _write(folder, SETTINGS + COLOURS)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system", "--tensorboard", folder / "scalars") == 2
+    assert "pip install '.[tensorboard]'" in capsys.readouterr().err
+    assert not (folder / "system").exists()
+
+
 def test_verify_exits_1_and_names_what_is_damaged(folder, monkeypatch, capsys):
     assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 0
     file = next((folder / "system" / "layers").glob("*/*.safetensors"))
@@ -307,7 +346,7 @@ def test_the_precision_reaches_the_export(folder, monkeypatch, capsys):
     assert told == [("cpu", "float32"), ("gpu", "float16"), ("cpu", "float16")]
 
 
-@pytest.mark.parametrize("command", ["run", "show", "verify", "remove", "pretrain", "export"])
+@pytest.mark.parametrize("command", ["run", "show", "report", "watch", "verify", "remove", "pretrain", "export"])
 def test_help_explains(monkeypatch, capsys, command):
     assert _main(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out) > 300
