@@ -15,7 +15,7 @@ import logging
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def load_huggingface(task: HuggingFaceTask, progress: Callable[[int, int], None]
     classes, indices = classified(labels, names, declared, source_of(task))
     files = {}
     for split, table in tables.items():
-        fetch = _fetch_from(table.select_columns([columns[0]]).cast_column(columns[0], datasets.Image(decode=False)), columns[0])
+        fetch = _fetch_from(datasets, table, columns[0])
         images = [FetchedImage(fetch, index) for index in range(len(table))]
         files[split] = Files(images, names[split], indices[split], [f"{name} of {source_of(task)}" for name in names[split]])
     data = load_listed(task, classes, files, Unreadable(task.skip_unreadable), progress)
@@ -136,9 +136,6 @@ def _open(datasets: Any, task: HuggingFaceTask) -> tuple[dict[str, Any], tuple[s
         raise DataError(
             f"found splits {sorted(found)} in {source_of(task)}", "one called 'train'", "set train_split to the one to train on"
         )
-    for split, table in tables.items():
-        if not len(table):
-            raise DataError(f"found no images in the {split} split of {source_of(task)}", "one or more")
     asked_for = re.split(r"[^\w.]+", " ".join([*named.values(), *(name for name in wanted.values() if name is not None)]))
     left = [name for name in found if name not in asked_for]
     if not left:
@@ -265,9 +262,17 @@ _NAMES = {"string", "large_string"}
 _NUMBERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def _fetch_from(table: Sequence[Any], column: str) -> Callable[[int], StoredImage]:
+def _fetch_from(datasets: Any, table: Any, column: str) -> Callable[[int], StoredImage]:
+    """Returns what gives the image of a row as it is stored."""
+    table = table.select_columns([column])
+    if isinstance(table.features[column], datasets.Image):
+        # Nothing is converted by this; other columns are as they are, and would be.
+        table = table.cast_column(column, datasets.Image(decode=False))
+
     def fetch(index: int) -> StoredImage:
         stored = table[index][column]
+        if isinstance(stored, bytes):
+            return EncodedImage(stored)
         if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise ImageError("found no image, expected one in each row")
         return FileImage(pathlib.Path(stored["path"])) if stored["bytes"] is None else EncodedImage(stored["bytes"])
