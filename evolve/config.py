@@ -273,8 +273,17 @@ class TorchvisionTask(FilesTask):
     source: Literal["torchvision"]
     dataset: str
     folder: pathlib.Path
-    arguments: dict[str, str | int | float | bool] = {}
+    arguments: dict[str, Any] = {}
     download: bool = False
+
+    @pydantic.field_validator("arguments")
+    @classmethod
+    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        odd = {name: value for name, value in arguments.items() if not isinstance(value, str | int | float | bool)}
+        if odd:
+            name, value = next(iter(odd.items()))
+            raise ValueError(f"argument {name!r} is {value!r}; expected text, a number, true or false")
+        return arguments
 
 
 class HuggingFaceTask(FilesTask):
