@@ -261,7 +261,64 @@ class CharactersTask(AnyTask):
     held_out_fonts: bool = False
 
 
-TaskSettings = Annotated[FolderTask | CsvTask | ArraysTask | DigitsTask | CharactersTask, pydantic.Field(discriminator="source")]
+class TorchvisionTask(FilesTask):
+    """A data set of torchvision.datasets; see evolve.data.torchvision_source for those that can be used.
+
+    Attributes:
+        dataset: name of its class, such as `MNIST`.
+        folder: what torchvision calls its root, relative to the experiment file.
+        arguments: of that class, such as `split` of `EMNIST`.
+        download: let torchvision download what is not there; otherwise nothing is fetched.
+        classes: other names for the set's classes, in its order; by default its own.
+    """
+
+    source: Literal["torchvision"]
+    dataset: str
+    folder: pathlib.Path
+    arguments: dict[str, Any] = {}
+    download: bool = False
+
+    @pydantic.field_validator("arguments")
+    @classmethod
+    def _plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        odd = {name: value for name, value in arguments.items() if not isinstance(value, str | int | float | bool)}
+        if odd:
+            name, value = next(iter(odd.items()))
+            raise ValueError(f"argument {name!r} is {value!r}; expected text, a number, true or false")
+        return arguments
+
+
+class HuggingFaceTask(FilesTask):
+    """A data set of the Hugging Face hub, or local files in one of its layouts; needs the packages of the extra `huggingface`.
+
+    Attributes:
+        path: a folder, relative to the experiment file, if there is one; otherwise a name on the hub.
+        config: of a set that has several.
+        revision: branch, tag or commit of a set on the hub.
+        image_column: by default the only column of images.
+        label_column: by default the only column of class labels, or else `label` or `labels`.
+        train_split: as the library slices them, such as `train[:90%]`; by default `train`.
+        validation_split: by default `validation`, `val` or `valid`, if there is one.
+        test_split: by default `test`, if there is one.
+        download: fetch what is not on this machine; otherwise nothing is fetched.
+    """
+
+    source: Literal["huggingface"]
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    download: bool = False
+
+
+TaskSettings = Annotated[
+    FolderTask | CsvTask | ArraysTask | DigitsTask | CharactersTask | TorchvisionTask | HuggingFaceTask,
+    pydantic.Field(discriminator="source"),
+]
 
 
 class Experiment(Settings):
@@ -320,10 +377,15 @@ def load_settings(file: pathlib.Path, kind: type[SettingsKind]) -> SettingsKind:
 def _anchor(values: Any, folder: pathlib.Path) -> Any:
     """Makes the relative paths of the settings in _PATHS relative to the settings file's folder."""
     if isinstance(values, dict):
-        return {
+        anchored = {
             key: str(folder / value) if key in _PATHS and isinstance(value, str) else _anchor(value, folder)
             for key, value in values.items()
         }
+        # A path or a name, as in the library itself: which of them, the folder decides.
+        path = values.get("path") if values.get("source") == "huggingface" else None
+        if isinstance(path, str) and "\0" not in path and (folder / path).exists():
+            anchored["path"] = str((folder / path).absolute())
+        return anchored
     if isinstance(values, list):
         return [_anchor(value, folder) for value in values]
     return values

@@ -160,7 +160,7 @@ def _describe_one(bare: Any, metadata: Sequence[Any]) -> str:
         return _join([repr(value) for value in get_args(bare)])
     if get_origin(bare) is tuple:
         return "a list"
-    if _is_model(bare):
+    if _is_model(bare) or get_origin(bare) is dict:
         return "a table"
     if bare in (int, float):
         return " ".join(filter(None, ["a whole number" if bare is int else "a number", _range(metadata, is_whole=bare is int)]))

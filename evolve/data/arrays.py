@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evolve.config import ArraysTask
-from evolve.data.classes import declared_classes, normalised, sorted_classes, unknown_class
+from evolve.data.classes import SomeLabels, classified, declared_classes, normalised
 from evolve.data.folder import SPLIT_NAMES
 from evolve.data.splits import fill_missing, limited, subset
 from evolve.data.task import ImageSet, TaskData
@@ -47,7 +47,6 @@ _DAMAGED = (
 """What zipfile and numpy raise for damaged archives and headers; numpy reads a header as Python."""
 
 _PREFIXES = {"": "train", **{f"{name}_": split for name, split in SPLIT_NAMES.items()}}
-_Labels = npt.NDArray[np.int64] | list[str]
 
 
 def load_arrays(task: ArraysTask, progress: Callable[[int, int], None] | None = None) -> TaskData:
@@ -62,22 +61,24 @@ def load_arrays(task: ArraysTask, progress: Callable[[int, int], None] | None = 
             other way round; labels outside the classes; too few images to fill a missing split.
     """
     arrays, warnings = _open(task.file)
-    found: dict[str, tuple[ImageSet, _Labels]] = {}
+    images: dict[str, list[npt.NDArray[np.uint8]]] = {}
+    names: dict[str, list[str]] = {}
+    labels: dict[str, SomeLabels] = {}
     done = 0
     for split, (images_key, labels_key) in _pairs(task.file, arrays).items():
-        images = _images(task.file, images_key, arrays.pop(images_key))
-        labels = _labels(task.file, labels_key, arrays.pop(labels_key))
-        if len(images) != len(labels):
+        images[split] = _images(task.file, images_key, arrays.pop(images_key))
+        labels[split] = _labels(task.file, labels_key, arrays.pop(labels_key))
+        if len(images[split]) != len(labels[split]):
             raise DataError(
-                f"found {len(images)} images in {images_key} and {len(labels)} labels in {labels_key} of {task.file}",
+                f"found {len(images[split])} images in {images_key} and {len(labels[split])} labels in {labels_key} of {task.file}",
                 "one label for each image",
             )
-        names = [f"{images_key}[{index}]" for index in range(len(images))]
-        found[split] = ImageSet(images, np.zeros(len(images), dtype=np.int64), names), labels
-        done += len(images)
+        names[split] = [f"{images_key}[{index}]" for index in range(len(images[split]))]
+        done += len(images[split])
         if progress is not None:
             progress(done, done)
-    classes, sets = _classified(task, found)
+    classes, indices = classified(labels, names, declared_classes(task.classes), str(task.file))
+    sets = {split: ImageSet(images[split], indices[split], names[split]) for split in images}
     missing = [split for split in ("test", "validation") if split not in sets]
     if missing:
         train = sets["train"]
@@ -152,7 +153,7 @@ def _images(file: pathlib.Path, key: str, array: npt.NDArray[Any]) -> list[npt.N
         raise DataError(f"{error}, in {key} of {file}", "images") from error
 
 
-def _labels(file: pathlib.Path, key: str, array: npt.NDArray[Any]) -> _Labels:
+def _labels(file: pathlib.Path, key: str, array: npt.NDArray[Any]) -> SomeLabels:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim == 1 and array.dtype.kind in "iu":
@@ -166,27 +167,3 @@ def _labels(file: pathlib.Path, key: str, array: npt.NDArray[Any]) -> _Labels:
         f"found {key} of type {array.dtype} and shape {list(array.shape)} in {file}",
         "whole numbers or strings, [images] or [images, 1]",
     )
-
-
-def _classified(task: ArraysTask, found: dict[str, tuple[ImageSet, _Labels]]) -> tuple[tuple[str, ...], dict[str, ImageSet]]:
-    """Returns the classes and the splits with labels as indices of them."""
-    kinds = {isinstance(labels, list) for _, labels in found.values()}
-    if len(kinds) > 1:
-        raise DataError(f"found strings and whole numbers among the labels of {task.file}", "one kind of labels in all splits")
-    declared = declared_classes(task.classes)
-    if declared is not None and kinds == {False}:
-        # load.check says it where a number is no index of the declared classes.
-        return declared, {
-            split: ImageSet(s.images, np.asarray(labels, dtype=np.int64), s.names) for split, (s, labels) in found.items()
-        }
-    texts = {split: [str(label) for label in labels] for split, (_, labels) in found.items()}
-    classes = declared or sorted_classes(label for labels in texts.values() for label in labels)
-    index_of = {name: index for index, name in enumerate(classes)}
-    for split, labels in texts.items():
-        for name, label in zip(found[split][0].names, labels, strict=True):
-            if label not in index_of:
-                raise unknown_class(label, f"for {name} of {task.file}", classes)
-    return classes, {
-        split: ImageSet(s.images, np.array([index_of[label] for label in texts[split]], dtype=np.int64), s.names)
-        for split, (s, _) in found.items()
-    }

@@ -9,8 +9,8 @@
 Both files only grow, and a record is written once its pixels are safe on disk: whatever kills the building process, what the index
 lists is whole, and the next process goes on from there. A file whose size or times of change differ from its record is read again, and
 keeps its pixels if its content is the same. (The times are those of its content and of its entry, which a rename moves: files of equal size
-and date may take each other's place.) Pixels are hashed each time they are read. What is no longer needed stays until somebody deletes
-the folder, which is always safe while nothing runs.
+and date may take each other's place. Images without times have two parts of a hash in their place: stored.Stamp.) Pixels are hashed each
+time they are read. What is no longer needed stays until somebody deletes the folder, which is always safe while nothing runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from evolve.data.mapped import MappedImages
-from evolve.data.reading import Decoded, Files, Unreadable, in_threads, read_file
+from evolve.data.reading import Files, Unreadable, in_threads
+from evolve.data.stored import Decoded, Stamp, StoredImage, read_image
 from evolve.data.task import hash_of
 from evolve.errors import DataError
 from munet.preprocessing import VERSION, Pixels
@@ -104,7 +105,7 @@ class CacheReader:
         """Returns the index's row for each file, after adding what is missing."""
         missing = []
         for index, name in enumerate(files.names):
-            if name not in self._rows and not self._find(name, files.paths[index]):
+            if name not in self._rows and not self._find(name, files.images[index]):
                 missing.append(index)
             else:
                 self._tell()
@@ -112,18 +113,17 @@ class CacheReader:
             self._build(files.choose(missing))
         return [self._rows[name] for name in files.names]
 
-    def _find(self, name: str, path: pathlib.Path) -> bool:
-        """Looks a file up in the index and notes its row if the file is as it was when it was decoded."""
+    def _find(self, name: str, image: StoredImage) -> bool:
+        """Looks an image up in the index and notes its row if it is as it was when it was decoded."""
         row = self._by_name.get(_key(name))
         if row is None:
             return False
         try:
-            status = path.stat()
+            stamp = image.stamp()
         except OSError:
             return False
         record = self._records[row]
-        known = (int(record["size"]), int(record["mtime_ns"]), int(record["ctime_ns"]))
-        if known != (status.st_size, status.st_mtime_ns, status.st_ctime_ns):
+        if stamp != Stamp(int(record["size"]), int(record["mtime_ns"]), int(record["ctime_ns"])):
             return False
         self._rows[name] = row
         return True
@@ -132,7 +132,7 @@ class CacheReader:
         with self._locked():
             # Another process may have added them meanwhile.
             self._open_index()
-            left = [index for index, name in enumerate(files.names) if not self._find(name, files.paths[index])]
+            left = [index for index, name in enumerate(files.names) if not self._find(name, files.images[index])]
             for _ in range(len(files) - len(left)):
                 self._tell()
             self._add(files.choose(left))
@@ -142,8 +142,8 @@ class CacheReader:
                 self._rows[name] = self._by_name[_key(name)]
 
     def _add(self, files: Files) -> None:
-        pairs = zip(files.paths, files.origins, strict=True)
-        with _Writer(self.folder, self._records) as writer, contextlib.closing(in_threads(read_file, pairs)) as results:
+        pairs = zip(files.images, files.origins, strict=True)
+        with _Writer(self.folder, self._records) as writer, contextlib.closing(in_threads(read_image, pairs)) as results:
             for name, result in zip(files.names, results, strict=True):
                 if isinstance(result, DataError):
                     self._unreadable.add(name, result)
@@ -200,8 +200,8 @@ class _Writer:
         """
         known = self._by_content.get(image.content)
         record = np.zeros((), dtype=RECORD) if known is None else known.copy()
-        record["name"], record["size"] = _key(name), image.size
-        record["mtime_ns"], record["ctime_ns"] = image.mtime_ns, image.ctime_ns
+        record["name"] = _key(name)
+        record["size"], record["mtime_ns"], record["ctime_ns"] = image.stamp
         if known is None:
             record["offset"] = self._end
             record["height"], record["width"] = image.pixels.shape[:2]

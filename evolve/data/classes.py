@@ -5,10 +5,16 @@ from __future__ import annotations
 import collections
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from evolve.errors import DataError
 from munet.names import similar_names
+
+SomeLabels = npt.NDArray[np.int64] | Sequence[str]
+"""[images] whole numbers, or names of classes, normalised."""
 
 
 def normalised(name: str) -> str:
@@ -53,6 +59,41 @@ def _value(digits: str) -> tuple[int, str, str]:
     """Returns what orders whole numbers by value, however long: int refuses thousands of digits."""
     significant = digits.lstrip("0")
     return len(significant), significant, digits
+
+
+def classified(
+    labels: Mapping[str, SomeLabels],
+    names: Mapping[str, Sequence[str]],
+    declared: tuple[str, ...] | None,
+    source: str,
+) -> tuple[tuple[str, ...], dict[str, npt.NDArray[np.int64]]]:
+    """Returns the classes of a source whose labels are names or numbers, and each split's labels as indices of them.
+
+    Numbers are indices of the declared classes; load.check refuses those that are none. Without declared classes each number is the name of
+    a class. Names are those of declared classes, or all there are, sorted.
+
+    Args:
+        labels: of each split.
+        names: what each image is called in messages.
+        declared: what `declared_classes` gives.
+        source: where the labels come from, for messages.
+
+    Raises:
+        DataError: names in one split and numbers in another; a name that is not declared.
+    """
+    if len({isinstance(found, np.ndarray) for found in labels.values()}) > 1:
+        raise DataError(f"found strings and whole numbers among the labels of {source}", "one kind of labels in all splits")
+    numbers = {split: found for split, found in labels.items() if isinstance(found, np.ndarray)}
+    if declared is not None and numbers:
+        return declared, numbers
+    texts = {split: [str(label) for label in found] for split, found in labels.items()}
+    classes = declared or sorted_classes(label for found in texts.values() for label in found)
+    index_of = {name: index for index, name in enumerate(classes)}
+    for split, found in texts.items():
+        for name, label in zip(names[split], found, strict=True):
+            if label not in index_of:
+                raise unknown_class(label, f"for {name} of {source}", classes)
+    return classes, {split: np.array([index_of[label] for label in found], dtype=np.int64) for split, found in texts.items()}
 
 
 def unknown_class(name: str, where: str, classes: Sequence[str]) -> DataError:

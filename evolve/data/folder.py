@@ -27,6 +27,7 @@ from evolve.config import FolderTask
 from evolve.data.classes import declared_classes, unknown_class
 from evolve.data.listed import load_listed
 from evolve.data.reading import Files, Unreadable
+from evolve.data.stored import FileImage
 from evolve.data.task import TaskData
 from evolve.errors import DataError
 from munet.preprocessing import FORMATS
@@ -205,7 +206,7 @@ def _list_split(
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"found two files called {twice[0]!r} once Unicode is normalised in {root}", "one", "rename one of them")
-    return Files(paths, names, np.array(numbers, dtype=np.int64), [str(path) for path in paths])
+    return Files([FileImage(path) for path in paths], names, np.array(numbers, dtype=np.int64), [str(path) for path in paths])
 
 
 def _images_below(

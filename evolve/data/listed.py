@@ -1,19 +1,21 @@
-"""From image files with labels to a task's data: missing splits filled, training images limited, files read."""
+"""From images with labels that are still to be read to a task's data: missing splits filled, training images limited, images read."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
 
-from evolve.config import CsvTask, FolderTask
+from evolve.config import CsvTask, FolderTask, HuggingFaceTask, TorchvisionTask
 from evolve.data.cache import CacheReader
 from evolve.data.reading import Files, MemoryReader, Reader, Unreadable
 from evolve.data.splits import fill_missing, limited
 from evolve.data.task import ImageSet, TaskData
 
+ListedTask = FolderTask | CsvTask | TorchvisionTask | HuggingFaceTask
+
 
 def load_listed(
-    task: FolderTask | CsvTask,
+    task: ListedTask,
     labels: tuple[str, ...],
     files: dict[str, Files],
     unreadable: Unreadable,
@@ -64,13 +66,21 @@ def load_listed(
     return TaskData(task.name, labels, images["train"], images["validation"], images["test"], warnings)
 
 
-def image_folder(task: FolderTask | CsvTask) -> pathlib.Path:
-    """Returns the folder that names of images are relative to."""
+def image_folder(task: ListedTask) -> pathlib.Path:
+    """Returns the folder that names of images are relative to; there need be none of that name, but only one set of images has it."""
+    if isinstance(task, TorchvisionTask):
+        return task.folder / "-".join([task.dataset, *(str(value) for _, value in sorted(task.arguments.items()))])
+    if isinstance(task, HuggingFaceTask):
+        return pathlib.Path("/huggingface", task.path, task.config or "")
     return task.folder if task.folder is not None else task.file.parent
 
 
-def source_of(task: FolderTask | CsvTask) -> str:
+def source_of(task: ListedTask) -> str:
     """Returns what messages call the source of a task."""
+    if isinstance(task, TorchvisionTask):
+        return f"{task.dataset} in {task.folder}"
+    if isinstance(task, HuggingFaceTask):
+        return f"data set {task.path}"
     return f"folder {task.folder}" if isinstance(task, FolderTask) else f"table {task.file}"
 
 

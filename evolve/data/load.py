@@ -8,15 +8,26 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evolve.config import ArraysTask, CharactersTask, CsvTask, DigitsTask, FolderTask, TaskSettings
+from evolve.config import (
+    ArraysTask,
+    CharactersTask,
+    CsvTask,
+    DigitsTask,
+    FolderTask,
+    HuggingFaceTask,
+    TaskSettings,
+    TorchvisionTask,
+)
 from evolve.data.arrays import load_arrays
 from evolve.data.characters import load_characters
 from evolve.data.digits import load_digits
 from evolve.data.folder import load_folder
+from evolve.data.huggingface_source import load_huggingface
 from evolve.data.listed import source_of
 from evolve.data.splits import shuffled
 from evolve.data.table import load_csv
 from evolve.data.task import ImageSet, TaskData
+from evolve.data.torchvision_source import load_torchvision
 from evolve.errors import DataError
 
 FEW_VALIDATION_IMAGES = 50
@@ -61,6 +72,10 @@ def _load(settings: TaskSettings, progress: Callable[[int, int], None] | None) -
         return load_arrays(settings, progress)
     if isinstance(settings, DigitsTask):
         return load_digits(settings)
+    if isinstance(settings, TorchvisionTask):
+        return load_torchvision(settings, progress)
+    if isinstance(settings, HuggingFaceTask):
+        return load_huggingface(settings, progress)
     return load_characters(settings, progress)
 
 
@@ -163,7 +178,7 @@ def _listed(classes: list[str], limit: int = 5) -> str:
 
 
 def _described(settings: TaskSettings) -> str:
-    if isinstance(settings, FolderTask | CsvTask):
+    if isinstance(settings, FolderTask | CsvTask | TorchvisionTask | HuggingFaceTask):
         return source_of(settings)
     if isinstance(settings, ArraysTask):
         return f"arrays {settings.file}"

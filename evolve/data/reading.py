@@ -1,4 +1,4 @@
-"""Reading image files: in threads, a bounded number at a time; into memory; and what becomes of those that cannot be read."""
+"""Reading images: in threads, a bounded number at a time; into memory; and what becomes of those that cannot be read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
-import hashlib
-import io
 import os
-import pathlib
-import stat
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -19,11 +14,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from evolve.data.splits import Labels
+from evolve.data.stored import StoredImage, hash_image, read_image
 from evolve.errors import DataError
-from munet.preprocessing import ImageError, ImageLimits, Pixels, decode
-
-LIMITS = ImageLimits(max_bytes=256 * 1024 * 1024)
-"""One's own files may be larger than what a server takes from a stranger."""
+from munet.preprocessing import Pixels
 
 THREADS = min(8, os.cpu_count() or 1)
 """Files are read and decoded by so many threads."""
@@ -34,50 +27,31 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Image files of one split.
+    """Images of one split that are still to be read, most often files.
 
     Attributes:
-        paths: where they lie.
+        images: where they lie.
         names: what they are called, relative to the source, in NFC; each once within a source.
         labels: [files] int64, indices of classes.
         origins: what messages call them.
     """
 
-    paths: Sequence[pathlib.Path]
+    images: Sequence[StoredImage]
     names: Sequence[str]
     labels: Labels
     origins: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def choose(self, indices: Sequence[int]) -> Files:
         """Returns the chosen files in the order of the indices."""
         return Files(
-            [self.paths[index] for index in indices],
+            [self.images[index] for index in indices],
             [self.names[index] for index in indices],
             self.labels[np.asarray(indices, dtype=np.int64)],
             [self.origins[index] for index in indices],
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """An image file that was read.
-
-    Attributes:
-        pixels: [height, width, 3] uint8.
-        content: SHA-256 of the file, 32 bytes.
-        size: of the file, in bytes.
-        mtime_ns: when the file's content was changed last, in nanoseconds.
-        ctime_ns: when anything about the file was changed last, its name included, in nanoseconds.
-    """
-
-    pixels: Pixels
-    content: bytes
-    size: int
-    mtime_ns: int
-    ctime_ns: int
 
 
 class Unreadable:
@@ -141,20 +115,20 @@ class MemoryReader:
 
     def contents(self, files: Files) -> list[bytes | None]:
         """See Reader.contents. Where files may be left out, they are decoded to find out."""
-        return list(self._all(_content if self._unreadable.skip else hash_file, files))
+        return list(self._all(_decodable if self._unreadable.skip else hash_image, files))
 
     def read(self, files: Files) -> tuple[list[int], Sequence[Pixels]]:
         """See Reader.read."""
         images: list[Pixels] = []
         indices: list[int] = []
-        for index, decoded in enumerate(self._all(read_file, files)):
+        for index, decoded in enumerate(self._all(read_image, files)):
             if decoded is not None:
                 indices.append(index)
                 images.append(decoded.pixels)
         return indices, images
 
-    def _all(self, work: Callable[[tuple[pathlib.Path, str]], Result | DataError], files: Files) -> Iterator[Result | None]:
-        pairs = zip(files.paths, files.origins, strict=True)
+    def _all(self, work: Callable[[tuple[StoredImage, str]], Result | DataError], files: Files) -> Iterator[Result | None]:
+        pairs = zip(files.images, files.origins, strict=True)
         with contextlib.closing(in_threads(work, pairs)) as results:
             for name, result in zip(files.names, results, strict=True):
                 if isinstance(result, DataError):
@@ -183,56 +157,7 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Generat
             pool.shutdown(cancel_futures=True)
 
 
-def read_file(file: tuple[pathlib.Path, str]) -> Decoded | DataError:
-    """Reads and decodes an image file.
-
-    Args:
-        file: where it lies, and what a message calls it.
-
-    Returns:
-        What was read, or the error for a file that cannot be.
-    """
-    path, origin = file
-    try:
-        with _open(path) as opened:
-            status = os.fstat(opened.fileno())
-            if status.st_size > LIMITS.max_bytes:
-                raise ImageError(f"found {status.st_size} bytes, expected at most {LIMITS.max_bytes}")
-            encoded = opened.read()
-        pixels = decode(encoded, LIMITS)
-    except OSError as error:
-        return _unreadable_file(origin, error)
-    except ImageError as error:
-        return DataError(f"could not read the image {origin}: {error}", "a whole image", "mend it, or take it away")
-    return Decoded(pixels, hashlib.sha256(encoded).digest(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def hash_file(file: tuple[pathlib.Path, str]) -> bytes | DataError:
-    """Returns the SHA-256 of a file's bytes, 32 bytes, or the error for a file that cannot be read; see `read_file`."""
-    path, origin = file
-    try:
-        with _open(path) as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
-    except OSError as error:
-        return _unreadable_file(origin, error)
-
-
-def _content(file: tuple[pathlib.Path, str]) -> bytes | DataError:
-    """Returns what `hash_file` does, or the error for a file that cannot be decoded; see `read_file`."""
-    decoded = read_file(file)
+def _decodable(image: tuple[StoredImage, str]) -> bytes | DataError:
+    """Returns what `hash_image` does, or the error for an image that cannot be decoded."""
+    decoded = read_image(image)
     return decoded if isinstance(decoded, DataError) else decoded.content
-
-
-def _open(path: pathlib.Path) -> io.BufferedReader:
-    """Opens a file.
-
-    Raises:
-        OSError: it cannot be opened, or is a pipe or device, which could keep us waiting for ever.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "a pipe or device, no regular file")
-    return path.open("rb")
-
-
-def _unreadable_file(origin: str, error: OSError) -> DataError:
-    return DataError(f"could not read {origin} ({error.strerror})", "a file that can be read", "mend it, or take it away")

@@ -27,6 +27,7 @@ from evolve.data.classes import declared_classes, normalised, sorted_classes, un
 from evolve.data.folder import SPLIT_NAMES
 from evolve.data.listed import image_folder, load_listed
 from evolve.data.reading import Files, Unreadable
+from evolve.data.stored import FileImage
 from evolve.data.task import TaskData
 from evolve.errors import DataError
 
@@ -72,7 +73,7 @@ def load_csv(task: CsvTask, progress: Callable[[int, int], None] | None = None) 
 def _files(task: CsvTask, rows: Sequence[_Row], index_of: dict[str, int]) -> Files:
     folder = image_folder(task)
     return Files(
-        [folder / row.image for row in rows],
+        [FileImage(folder / row.image) for row in rows],
         [unicodedata.normalize("NFC", row.image) for row in rows],
         np.array([index_of[row.label] for row in rows], dtype=np.int64),
         [f"{folder / row.image} (line {row.line} of {task.file})" for row in rows],

@@ -7,13 +7,17 @@ import re
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import get_args
 
+import datasets
 import huggingface_hub.constants
 import pytest
 import typer.main
 
 import evolve.cli
 import server.cli
+from evolve.config import TaskSettings
+from evolve.data.torchvision_source import SETS
 from tests.support.documentation import (
     Block,
     PageError,
@@ -85,6 +89,7 @@ def walks(hub_cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("converted"))
         top = tmp_path_factory.mktemp("strangers")
         longest_first = sorted(STORIES, key=lambda page: -len(_read(page)) * ("```sh" in _read(page)))
         yield {page: pool.submit(_walk, page, top / page.replace("/", "-"), hub_cache) for page in longest_first}
@@ -183,7 +188,15 @@ def test_readme_and_the_first_task_have_one_experiment() -> None:
 
 def test_data_has_a_block_for_every_source() -> None:
     printed = "".join(block.text for block in blocks(_read("docs/data.md"), "docs/data.md") if block.language == "toml")
-    assert set(re.findall(r'source = "(\w+)"', printed)) == {"folder", "csv", "arrays", "digits", "characters"}
+    kinds = get_args(get_args(TaskSettings)[0])
+    assert set(re.findall(r'source = "(\w+)"', printed)) == {
+        get_args(kind.model_fields["source"].annotation)[0] for kind in kinds
+    }
+
+
+def test_data_names_every_set_of_torchvision() -> None:
+    (sentence,) = re.findall(r"Sets of images with one label each: (.*?)\. Others", " ".join(_read("docs/data.md").split()))
+    assert set(re.split(r", | and ", sentence)) == {*SETS, "ImageFolder"}
 
 
 @pytest.mark.parametrize("page", PAGES)

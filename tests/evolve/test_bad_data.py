@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import re
-import struct
 import sys
 import unicodedata
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +15,7 @@ from PIL import Image
 from evolve import cli
 from evolve.root import save_root
 from evolve.store import System
+from tests.support.published import pixels, png, png_of_no_size, write_idx, write_mnist, write_parquet
 from tests.support.system import IMAGE_SIZE, random_tensors, root_specs
 
 SETTINGS = f"""
@@ -41,11 +40,15 @@ name = "things"
 FOLDER = 'source = "folder"\nfolder = "images"\n'
 TABLE = 'source = "csv"\nfile = "table.csv"\n'
 ARRAYS = 'source = "arrays"\nfile = "arrays.npz"\n'
+MNIST = 'source = "torchvision"\ndataset = "MNIST"\nfolder = "published"\n'
+PARQUET = 'source = "huggingface"\npath = "parquet"\n'
 GIVEN = "train/{0} train/{1} validation/{0} validation/{1} test/{0} test/{1}"
 
 
 @pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    # What Hugging Face's library converts, it keeps.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "converted")
     random = np.random.default_rng(0)
     layers = {position: (spec, random_tensors(spec, random)) for position, spec in root_specs().items()}
     save_root(tmp_path / "root.safetensors", layers, IMAGE_SIZE)
@@ -84,15 +87,8 @@ def _twice_after_normalising(folder: pathlib.Path) -> None:
 
 
 def _zero_size(folder: pathlib.Path) -> None:
-    """A PNG whose header says 0 x 5 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     _split(folder)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0))
-    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    (folder / "images" / "train" / "cat" / "nothing.png").write_bytes(png)
+    (folder / "images" / "train" / "cat" / "nothing.png").write_bytes(png_of_no_size())
 
 
 def _text_files(folder: pathlib.Path) -> None:
@@ -128,6 +124,34 @@ def _arrays(numbers: list[int], **changes: np.ndarray) -> Callable[[pathlib.Path
     def make(folder: pathlib.Path) -> None:
         images = np.random.default_rng(0).integers(0, 256, (len(numbers), 5, 6, 3), dtype=np.uint8)
         np.savez(folder / "arrays.npz", **{"images": images, "labels": np.array(numbers), **changes})
+
+    return make
+
+
+def _mnist(folder: pathlib.Path) -> None:
+    write_mnist(folder / "published", [index % 10 for index in range(100)], list(range(10)), size=6)
+
+
+def _damaged_mnist(folder: pathlib.Path) -> None:
+    _mnist(folder)
+    file = folder / "published" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def _mnist_of_no_size(folder: pathlib.Path) -> None:
+    _mnist(folder)
+    write_idx(folder / "published" / "MNIST" / "raw" / "train-images-idx3-ubyte", np.zeros((100, 6, 0), np.uint8))
+
+
+def _mnist_without_threes(folder: pathlib.Path) -> None:
+    write_mnist(folder / "published", [0, 1, 2, 4, 5, 6, 7, 8, 9] * 9, list(range(10)), size=6)
+
+
+def _parquet(labels: list[int] | None = None, **changes: bytes) -> Callable[[pathlib.Path], None]:
+    def make(folder: pathlib.Path) -> None:
+        images = [png(image) for image in pixels(40, 5, 6, 3)]
+        images[3] = changes.get("image", images[3])
+        write_parquet(folder / "parquet" / "train.parquet", images, labels or [0, 1] * 20, None if labels else ("cat", "dog"))
 
     return make
 
@@ -196,6 +220,37 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str, str]] = {
         ARRAYS,
         "found pickled objects in array 'labels'",
     ),
+    "a data set of torchvision that is not there": (lambda folder: None, MNIST, "found nothing at .*published.*download = true"),
+    "a data set of torchvision that there is not": (_mnist, MNIST.replace("MNIST", "MINST"), "did you mean .*'MNIST'"),
+    "a data set without one label for each image": (
+        _mnist,
+        MNIST.replace("MNIST", "CelebA"),
+        "'CelebA' of torchvision, which is no",
+    ),
+    "a damaged idx file": (_damaged_mnist, MNIST, "could not open the test images of MNIST in .*published"),
+    "idx images of no size": (_mnist_of_no_size, MNIST, "MNIST in .*published"),
+    "a digit missing from train": (_mnist_without_threes, MNIST, "found no training images of class '3 - three' in MNIST"),
+    "a split of EMNIST that there is not": (
+        _mnist,
+        MNIST.replace("MNIST", "EMNIST") + 'arguments = { split = "leters" }\n',
+        "Unknown value 'leters' for argument split",
+    ),
+    "a data set that is neither here nor to be fetched": (
+        lambda folder: None,
+        PARQUET.replace("parquet", "somebody/pets"),
+        "found no folder 'somebody/pets' beside the experiment.*set download = true",
+    ),
+    "a column that a Parquet file does not have": (_parquet(), PARQUET + 'label_column = "kind"\n', "expected a column 'kind'"),
+    "labels outside the classes in a Parquet file": (
+        _parquet([0, 1, 5, 1] * 10),
+        PARQUET + 'classes = ["cat", "dog"]\n',
+        r"found label 5 for 'train\[2\]'",
+    ),
+    "an image of no size in a Parquet file": (
+        _parquet(image=png_of_no_size()),
+        PARQUET,
+        r"could not read the image train\[3\] of data set .*parquet: found ",
+    ),
 }
 
 
@@ -203,6 +258,8 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], None], str, str]] = {
 def test_bad_data_exit_2_before_anything_is_written(folder, monkeypatch, capsys, case):
     make, task, message = BAD[case]
     make(folder)
+    # Writing a Parquet file draws bars.
+    capsys.readouterr()
     assert _run(folder, monkeypatch, task) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -228,3 +285,20 @@ def test_an_image_of_20000_by_1_pixels_is_used(folder, monkeypatch):
         Image.fromarray(np.full((size[1], size[0], 3), 90, np.uint8)).save(folder / "images" / "train" / "cat" / f"{name}.png")
     assert _run(folder, monkeypatch, FOLDER) == 0
     assert System.open(folder / "system").tasks()["things"].labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize(("make", "task", "classes"), [(_mnist, MNIST, 10), (_parquet(), PARQUET, 2)], ids=["MNIST", "Parquet"])
+def test_data_of_the_ecosystem_are_used(folder, monkeypatch, make, task, classes):
+    make(folder)
+    assert _run(folder, monkeypatch, task) == 0
+    assert len(System.open(folder / "system").tasks()["things"].labels) == classes
+
+
+def test_a_missing_library_exits_2_and_says_what_to_install(folder, monkeypatch, capsys):
+    _parquet()(folder)
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert _run(folder, monkeypatch, PARQUET) == 2
+    message = "error: found no module 'datasets'; expected the packages of 'huggingface'; pip install '.[huggingface]'\n"
+    assert capsys.readouterr().err == message
+    assert not (folder / "system").exists()

@@ -20,6 +20,7 @@ from evolve.config import (
 from evolve.errors import SettingsError
 from munet.settings import findings, validate
 
+MNIST = '[[tasks]]\nname = "a"\nsource = "torchvision"\ndataset = "MNIST"\nfolder = "x"\n'
 TASKS = '[[tasks]]\nname = "digits"\nsource = "digits"\n'
 
 
@@ -93,6 +94,13 @@ def test_relative_paths_of_every_source_start_at_the_file(tmp_path):
         ('[[tasks]]\nname = "Two Words"\nsource = "digits"\n', "'Two Words' is not allowed.*try 'two-words'"),
         ('[[tasks]]\nname = "a"\nsource = "ftp"\n', "'folder', 'csv', 'arrays', 'digits', 'characters'"),
         ('[[tasks]]\nname = "a"\nsource = "folder"\n', "tasks.0.folder: Field required"),
+        (MNIST + "arguments = 3\n", "tasks.0.arguments: found 3, expected a table"),
+        (
+            MNIST + "arguments = { split = [1] }\n",
+            r"tasks.0.arguments: argument 'split' is \[1\]; expected text, a number, true or",
+        ),
+        (MNIST + "download = 1\n", "tasks.0.download: found 1, expected true or false"),
+        ('[[tasks]]\nname = "a"\nsource = "huggingface"\n', "tasks.0.path: Field required"),
         ('[root]\nsource = "timm"\n' + TASKS, "source 'timm' needs model"),
         ('[root]\nsource = "file"\n' + TASKS, "source 'file' needs file"),
         ('[root]\nfile = "a.pth"\n' + TASKS, "use source = 'file'"),

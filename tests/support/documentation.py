@@ -39,6 +39,7 @@ from evolve.training.pretraining import PretrainingSettings
 from server.config import read_settings
 from server.errors import SettingsError
 from tests.support.processes import TOP, environment
+from tests.support.published import pixels, png, write_mnist, write_parquet
 
 LANGUAGES = ("sh", "toml", "python", "csv", "json", "text")
 """Languages of blocks that a test knows what to do with."""
@@ -160,7 +161,7 @@ def replace_numbers(text: str, replacements: Mapping[str, str], page: str) -> st
 
 
 def make_materials(folder: pathlib.Path) -> None:
-    """Makes what the pages begin with: photographs, a table of birds, an array of shapes."""
+    """Makes what the pages begin with: photographs, a table of birds, an array of shapes, sets of torchvision and of the hub."""
     random = np.random.default_rng(0)
     for kind, classes in {"pets": ("cat", "dog", "parrot"), "flowers": ("daisy", "rose", "tulip")}.items():
         for shape, label in enumerate(classes):
@@ -175,6 +176,11 @@ def make_materials(folder: pathlib.Path) -> None:
     (folder / "birds" / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
     images = random.integers(0, 256, (90, 4, 4, 3), dtype=np.uint8)
     np.savez_compressed(folder / "shapes.npz", images=images, labels=np.arange(90) % 2)
+    write_mnist(folder / "torchvision", [number % 10 for number in range(300)], [number % 10 for number in range(30)])
+    for split, seed in (("train", 1), ("validation", 2)):
+        encoded = [png(image) for image in pixels(60, 7, 8, 3, seed=seed)]
+        file = folder / "hub" / "minerals" / "data" / f"{split}-00000-of-00001.parquet"
+        write_parquet(file, encoded, [number % 3 for number in range(60)], ("agate", "beryl", "quartz"))
 
 
 def _photograph(shape: int, number: int, random: np.random.Generator, file: pathlib.Path) -> None:

@@ -27,8 +27,8 @@ from evolve.data import cache
 from evolve.data.cache import HEADER_BYTES, RECORD
 from evolve.data.load import load_task
 from evolve.data.mapped import MappedImages
-from evolve.data.reading import Decoded
 from evolve.data.splits import SHARE
+from evolve.data.stored import Decoded, FileImage, StoredImage
 from evolve.data.task import LazyImages, TaskData
 from evolve.errors import DataError
 from evolve.training.images import evaluation_images, training_images
@@ -59,13 +59,14 @@ def load(folder: pathlib.Path, kept: pathlib.Path | None = None, **settings: obj
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[pathlib.Path]:
     """The files that the cache decoded."""
     files: list[pathlib.Path] = []
-    read = cache.read_file
+    read = cache.read_image
 
-    def count(file: tuple[pathlib.Path, str]) -> Decoded | DataError:
-        files.append(file[0])
+    def count(file: tuple[StoredImage, str]) -> Decoded | DataError:
+        assert isinstance(file[0], FileImage)
+        files.append(file[0].path)
         return read(file)
 
-    monkeypatch.setattr(cache, "read_file", count)
+    monkeypatch.setattr(cache, "read_image", count)
     return files
 
 
@@ -252,11 +253,11 @@ from evolve.data import cache, reading
 from evolve.data.load import load_task
 folder, kept, commit, pause = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 cache.COMMIT_BYTES = commit
-read = cache.read_file
+read = cache.read_image
 def slowly(file):
     time.sleep(pause)
     return read(file)
-cache.read_file = slowly
+cache.read_image = slowly
 print(load_task(FolderTask(name="t", source="folder", folder=folder, cache=kept)).fingerprint)
 """
 
