@@ -10,8 +10,9 @@ Q5  wall time with ten random kills / without, by the mean of the two runs in on
     generation that is planned) to the kill; and the start-up of each process after the first, from its start to the line that says
     that its search opens, in which it starts Python and torch and reads the data.
 
-The moments are drawn evenly over the time in which a run in one go searches. All runs must end with one lineage hash; otherwise there is no
-figure, and the exit status is 1. Prints JSON lines, the last one sums up; without --smoke it takes about 15 minutes on two cores.
+A process is killed after a record, a random one of all that a run writes, and a random part of the time that a record takes in the
+mean, but no later than at the next one. All runs must end with one lineage hash; otherwise there is no figure, and the exit status is 1.
+Prints JSON lines, the last one sums up; without --smoke it takes about 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from evolve.lineage import lineage_hash
 from evolve.store import System
 
 NUM_KILLS = 10
+
+POLL_SECONDS = 0.01
+"""Between two looks at the journals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +73,8 @@ def main() -> None:
             experiment = folder / "smoke.toml"
             experiment.write_text(SMOKE_EXPERIMENT)
         before = live(experiment, folder / "before", None)
-        num_kills = 2 if arguments.smoke else NUM_KILLS
-        lives = live_and_die(experiment, folder / "killed", moments(before, num_kills, arguments.seed))
+        moments = draw_moments(folder / "before", before, 2 if arguments.smoke else NUM_KILLS, arguments.seed)
+        lives = [live(experiment, folder / "killed", moment) for moment in (*moments, None)]
         after = live(experiment, folder / "after", None)
         hashes = {run: lineage_hash(System.open(folder / run)) for run in ("before", "killed", "after")}
         root = System.open(folder / "killed").root
@@ -83,25 +87,45 @@ def main() -> None:
     )
 
 
-def moments(life: Life, number: int, seed: int) -> list[float]:
-    """Returns how long each process but the last may search, in seconds: random, and in all as long as a run in one go at most."""
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """When a process is killed.
+
+    Attributes:
+        num_records: that all journals have by then.
+        seconds: after the last of them, unless another one comes before.
+    """
+
+    num_records: int
+    seconds: float
+
+
+def draw_moments(system: pathlib.Path, life: Life, number: int, seed: int) -> list[Moment]:
+    """Draws so many moments of a run that went as `life` did and left this system, in order."""
     generator = random.Random(seed)
-    at = sorted(generator.uniform(0, life.seconds - life.start_up) for _ in range(number))
-    return [later - earlier for earlier, later in zip([0.0, *at], at, strict=False)]
+    total = count_records(system)
+    mean_seconds = (life.seconds - life.start_up) / total
+    # The last three records leave too little time to be sure of a kill.
+    at = sorted(generator.sample(range(1, total - 2), number))
+    return [Moment(num_records, generator.uniform(0, mean_seconds)) for num_records in at]
 
 
-def live_and_die(experiment: pathlib.Path, system: pathlib.Path, searching: Sequence[float]) -> list[Life]:
-    """Runs an experiment in so many processes that are killed, and one that is not."""
-    lives = [live(experiment, system, seconds) for seconds in searching]
-    if not all(life.killed for life in lives):
-        sys.exit(
-            "found a process that ended before it was killed; expected a machine on which a run takes as long as the one before"
-        )
-    return [*lives, live(experiment, system, None)]
+def count_records(system: pathlib.Path) -> int:
+    """Returns the whole lines of all journals."""
+    return sum(file.read_bytes().count(b"\n") for file in (system / "journal").glob("*.jsonl"))
 
 
-def live(experiment: pathlib.Path, system: pathlib.Path, searching: float | None) -> Life:
-    """Runs munet-evolve to its end, or kills it when it has searched for so many seconds."""
+def wait_for(system: pathlib.Path, moment: Moment, process: subprocess.Popen[str]) -> None:
+    """Returns when the moment has come, or the process has ended."""
+    while count_records(system) < moment.num_records and process.poll() is None:
+        time.sleep(POLL_SECONDS)
+    deadline = time.monotonic() + moment.seconds
+    while count_records(system) == moment.num_records and time.monotonic() < deadline:
+        time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+def live(experiment: pathlib.Path, system: pathlib.Path, moment: Moment | None) -> Life:
+    """Runs munet-evolve to its end, or kills it at a moment."""
     command = [sys.executable, "-u", "-m", "evolve.cli", "run", str(experiment), "--system", str(system)]
     started = time.time()
     opened = threading.Event()
@@ -120,14 +144,16 @@ def live(experiment: pathlib.Path, system: pathlib.Path, searching: float | None
         listener = threading.Thread(target=listen)
         listener.start()
         opened.wait()
-        if searching is not None:
-            time.sleep(searching)
+        if moment is not None:
+            wait_for(system, moment, process)
             process.kill()
         status = process.wait()
         ended = time.time()
         listener.join()
-    if status not in (0, -9):
-        sys.exit(f"found exit status {status} of munet-evolve run; expected 0")
+    if status != (0 if moment is None else -9):
+        sys.exit(
+            f"found exit status {status} of munet-evolve run; expected {'0' if moment is None else 'to kill it before it ends'}"
+        )
     # A journal's time of change is that of its last line.
     written = max((file.stat().st_mtime for file in (system / "journal").glob("*.jsonl")), default=started)
     lost = ended - max(written, started + start_up) if status else 0.0

@@ -116,24 +116,6 @@ def test_an_interrupted_run_says_how_to_go_on_and_that_works(
     assert lineage_hash(System.open(folder)) == whole
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_it_at_once(
-    commands: Commands, experiment: pathlib.Path, tmp_path: pathlib.Path, second: int
-) -> None:
-    folder = tmp_path / "system"
-    command = commands.start("run", experiment, "--system", folder)
-    _wait_for(command, lambda: _num_finished(folder) >= 2)
-    # While it is stopped, both arrive before it can do anything about the first.
-    command.pause()
-    command.send(signal.SIGINT)
-    command.go_on()
-    command.send(second)
-    # Either it was done already with what the first one asked of it, or the second one ended it.
-    assert command.wait() in (130, -second)
-    assert commands.run("run", experiment, "--system", folder, "--rounds", "1", "--task", "a")[0] == 0
-    assert System.open(folder).verify() == []
-
-
 def _wait_for(command: Command, condition) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():

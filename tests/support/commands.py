@@ -148,6 +148,8 @@ def _become(arguments: list[str], output: str, max_file_bytes: int) -> None:
     for target, source in ((0, nothing), (1, descriptor), (2, descriptor)):
         os.dup2(source, target)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    # Whoever runs the tests in the background may have told them to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["munet-evolve", *arguments]
     status = 70
     try:
