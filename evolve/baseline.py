@@ -382,8 +382,10 @@ class _Baseline:
         best = self._best()
         if self.kept is None or self.kept.index != best["replica"]:
             self.kept = self._train(best["replica"])[1]
-        path = self._store(self.kept, Hyperparameters.from_dict(best["hyperparameters"]), best["seed"])
-        test_accuracy = self.trainer.examine(path).test_accuracy
+        # No record refers to these weights: once they are tested, they may be taken for garbage.
+        with self.system.storing():
+            path = self._store(self.kept, Hyperparameters.from_dict(best["hyperparameters"]), best["seed"])
+            test_accuracy = self.trainer.examine(path).test_accuracy
         replicas = self.journal.of_type("pack")
         seconds = {name: sum(replica["seconds"][name] for replica in replicas) for name in ("train", "evaluate", "wall")}
         return self.journal.append(
