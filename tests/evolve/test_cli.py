@@ -292,7 +292,15 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
     file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 600") + COLOURS)
     command = [sys.executable, "-m", "evolve.cli", "run", str(file), "--system", str(folder / "system")]
     journal = folder / "system" / "journal" / "colours-0001.jsonl"
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have told them to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         deadline = time.monotonic() + 60
         while not (journal.exists() and journal.read_text().count('"type": "pack"') > 3):
             assert time.monotonic() < deadline
@@ -346,7 +354,9 @@ def test_the_precision_reaches_the_export(folder, monkeypatch, capsys):
     assert told == [("cpu", "float32"), ("gpu", "float16"), ("cpu", "float16")]
 
 
-@pytest.mark.parametrize("command", ["run", "show", "report", "watch", "verify", "remove", "pretrain", "export"])
+@pytest.mark.parametrize(
+    "command", ["run", "baseline", "show", "report", "watch", "verify", "remove", "gc", "pretrain", "export"]
+)
 def test_help_explains(monkeypatch, capsys, command):
     assert _main(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out) > 300
