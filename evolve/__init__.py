@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evolve.api import load_experiment, one_by_one, open_or_create, publish, remove_task, run, run_baselines, run_tasks
     from evolve.baseline import BaselinePlan, Method
+    from evolve.collecting import collect
     from evolve.config import (
         ArraysTask,
         CharactersTask,
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
         DigitsTask,
         Experiment,
         FolderTask,
+        HuggingFaceTask,
         RootSettings,
         SearchSettings,
+        TorchvisionTask,
         TrainingSettings,
     )
     from evolve.data.load import load_task
     from evolve.data.task import ImageSet, TaskData
     from evolve.errors import EvolveError
     from evolve.generation import ChildPlan, ChildResult, Examples, GenerationPlan, PackResult, Trainer
+    from evolve.lineage import lineage_hash
+    from evolve.report.write import write_report
     from evolve.search import Observer, SearchPlan, SilentObserver
     from evolve.store import System
     from evolve.summary import summarise
@@ -44,6 +49,7 @@ _HOMES = {
         "run_tasks",
     ),
     "evolve.baseline": ("BaselinePlan", "Method"),
+    "evolve.collecting": ("collect",),
     "evolve.config": (
         "ArraysTask",
         "CharactersTask",
@@ -52,14 +58,18 @@ _HOMES = {
         "DigitsTask",
         "Experiment",
         "FolderTask",
+        "HuggingFaceTask",
         "RootSettings",
         "SearchSettings",
+        "TorchvisionTask",
         "TrainingSettings",
     ),
     "evolve.data.load": ("load_task",),
     "evolve.data.task": ("ImageSet", "TaskData"),
     "evolve.errors": ("EvolveError",),
     "evolve.generation": ("ChildPlan", "ChildResult", "Examples", "GenerationPlan", "PackResult", "Trainer"),
+    "evolve.lineage": ("lineage_hash",),
+    "evolve.report.write": ("write_report",),
     "evolve.search": ("Observer", "SearchPlan", "SilentObserver"),
     "evolve.store": ("System",),
     "evolve.summary": ("summarise",),
@@ -80,6 +90,7 @@ __all__ = [
     "Experiment",
     "FolderTask",
     "GenerationPlan",
+    "HuggingFaceTask",
     "ImageSet",
     "Method",
     "Observer",
@@ -90,8 +101,11 @@ __all__ = [
     "SilentObserver",
     "System",
     "TaskData",
+    "TorchvisionTask",
     "Trainer",
     "TrainingSettings",
+    "collect",
+    "lineage_hash",
     "load_experiment",
     "load_task",
     "one_by_one",
@@ -102,6 +116,7 @@ __all__ = [
     "run_baselines",
     "run_tasks",
     "summarise",
+    "write_report",
 ]
 
 
