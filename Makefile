@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-serve bench-search format proto clean
+.PHONY: help demo test check bench-serve bench-search bench-early-stop format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench-serve: $(READY) ## Measure S1, S4 and S5: routes in pieces beside whole mo
 
 bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training, in bytes and seconds (5 minutes)
 	@$(BIN)/python -m benchmarks.search --results benchmarks/results
+
+bench-early-stop: $(READY) ## Measure what early judgement saves, and at what loss (20 minutes)
+	@$(BIN)/python -m benchmarks.early_stop --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .
