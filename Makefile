@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-serve bench-search bench-characters bench-kills format proto clean
+.PHONY: help demo test check bench-serve bench-search bench-characters bench-kills bench-early-stop format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench-characters: $(READY) ## Measure Q1, Q2, Q3 and Q8: searches beside their b
 
 bench-kills: $(READY) ## Measure Q5: what ten kills cost a search beside the work they lose (15 minutes)
 	@$(BIN)/python -m benchmarks.kills --results benchmarks/results
+
+bench-early-stop: $(READY) ## Measure what early judgement saves, and at what loss (20 minutes)
+	@$(BIN)/python -m benchmarks.early_stop --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .

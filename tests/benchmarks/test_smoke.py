@@ -115,3 +115,41 @@ def test_a_ratio_is_taken_within_each_repetition():
     ratio = Ratio([1.0, 10.0, 1.2], [2.0, 20.0, 2.0])
     assert ratio.median == 0.5
     assert ratio.spread(2.0) == {"median": 1.0, "quartiles": [1.0, 1.1], "range": [1.0, 1.2], "repetitions": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_early_stop(tmp_path):
+    lines = smoke("early_stop", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"E1", "E2"}
+    assert 0 < figures["E1"]["value"] <= 1
+    first = lines[0]
+    assert first["with_it"]["children"] == first["without"]["children"] == 8
+    assert first["without"]["stopped"] == 0
+    assert first["without"]["images"] == 8 * 3 * 2 * 16
+    assert first["images"] == pytest.approx(first["with_it"]["images"] / first["without"]["images"], rel=1e-3)
+    assert first["replay"]["wrong"] <= first["replay"]["stopped"] <= first["replay"]["judged"] < 8
+
+
+def test_the_replay_of_early_judgement_counts_what_would_have_stopped_wrongly():
+    from benchmarks.early_stop import replay
+
+    def child(curve, parent_score, survived):
+        quality = max(curve)
+        return {
+            "interval_qualities": curve,
+            "quality": quality,
+            "score": quality,
+            "parent_score": parent_score,
+            "survived": survived,
+        }
+
+    first = {"type": "pack", "generation": 0, "children": [child([0.4, 0.5, 0.5], None, True)]}
+    second = {
+        "type": "pack",
+        "generation": 1,
+        "children": [child([0.1, 0.1, 0.1], 0.5, False), child([0.2, 0.2, 0.9], 0.5, True), child([0.45, 0.4, 0.4], 0.5, False)],
+    }
+    # Two stop after one interval, one of them wrongly; the third might have gained a tenth, until its second interval.
+    assert replay([first, second]) == {"judged": 3, "stopped": 3, "wrong": 1, "intervals": round(7 / 12, 4)}

@@ -66,9 +66,9 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_pages_are_found() -> None:
-    known = {"README.md", "CONTRIBUTING.md", "docs/first-task.md", "docs/data.md", "model_repository/README.md"}
+    known = {"README.md", "CONTRIBUTING.md", "docs/first-task.md", "docs/data.md", "docs/python.md", "model_repository/README.md"}
     assert known | {"evolve/roots/README.md", "docs/decisions/README.md"} <= set(PAGES)
-    assert {"README.md", "docs/first-task.md", "docs/data.md"} <= set(STORIES)
+    assert {"README.md", "docs/first-task.md", "docs/data.md", "docs/python.md"} <= set(STORIES)
     assert set(REPLACEMENTS) <= set(STORIES)
 
 
