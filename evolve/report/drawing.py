@@ -155,11 +155,11 @@ def in_units(value: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """Returns a duration in words: `41.5 s`, `12 min`, `3.1 h`, `2.5 d`."""
+    """Returns a duration in words: `41.5 s`, `2.7 min`, `12 min`, `3.1 h`, `2.5 d`."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
+        return f"{seconds / 60:.{1 if seconds < 597 else 0}f} min"
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} d"

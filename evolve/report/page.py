@@ -163,7 +163,8 @@ def _sections(content: Content, drawn: Sequence[Drawn]) -> Iterable[_Section]:
         "families",
         "Families",
         "Each child's score, with a line from its parent. Children of seeds (current paths of other tasks, and the root) always "
-        "survive; others only if they beat their parent. Dotted lines part rounds. What diverged is drawn at the lower edge.",
+        "survive; others only if they beat their parent. Dotted lines part rounds. What diverged and scores nothing is drawn at the "
+        "lower edge.",
         figures=figures("families"),
     )
     yield _Section(

@@ -187,7 +187,16 @@ def test_numbers_in_units(value, words):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "0.0 s"), (99.9, "99.9 s"), (100, "2 min"), (3600, "60 min"), (2 * 3600, "2.0 h"), (72 * 3600, "3.0 d")],
+    [
+        (0, "0.0 s"),
+        (99.9, "99.9 s"),
+        (100, "1.7 min"),
+        (596.9, "9.9 min"),
+        (597, "10 min"),
+        (3600, "60 min"),
+        (2 * 3600, "2.0 h"),
+        (72 * 3600, "3.0 d"),
+    ],
 )
 def test_durations(seconds, words):
     assert in_time(seconds) == words
