@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import pathlib
 import shutil
 import sys
@@ -21,6 +22,9 @@ from tests.support.published import pixels, png, png_of_no_size, write_parquet
 
 datasets = pytest.importorskip("datasets")
 
+# The library leaves tables of metadata open, until they are collected: here, at the end of each test.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
 IMAGES = [png(image) for image in pixels(120, 5, 6, 3)]
 LABELS = [index % 3 for index in range(120)]
 NAMES = ("cat", "dog", "bird")
@@ -33,6 +37,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     yield
     # Whatever a test has done, the library is as it was.
     assert not datasets.are_progress_bars_disabled()
+    gc.collect()
 
 
 def load(path: pathlib.Path | str, **settings: Any) -> TaskData:
