@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from evolve.errors import DamagedError
 from evolve.journal import child_records, read_journal
 from evolve.layer import POS_EMBED
 from evolve.outcomes import Outcomes
@@ -36,7 +37,7 @@ class TaskSummary:
         num_parameters: of all its layers.
         own_parameters: of its own layers.
         accounted_parameters: each layer's divided by the number of tasks that use it.
-        outcomes: what became of the children that were trained for it, as far as its journals are there.
+        outcomes: what became of the children that were trained for it, as far as its journals are there; None if one is altered.
     """
 
     name: str
@@ -57,7 +58,7 @@ class TaskSummary:
     num_parameters: int
     own_parameters: int
     accounted_parameters: float
-    outcomes: Outcomes
+    outcomes: Outcomes | None
 
     def make_up(self, root_blocks: int) -> str:
         """Returns in words what the path changes: `from greek; trains block.1, norm, head; adapter before block 0; 2 of 3 blocks`."""
@@ -99,7 +100,7 @@ def summarise(system: System) -> SystemSummary:
     """Returns what a system is made of now.
 
     Raises:
-        DamagedError: a path, a layer or a journal is missing or altered.
+        DamagedError: a path or a layer is missing or altered.
     """
     with system.reading():
         records = system.tasks()
@@ -157,9 +158,13 @@ def summarise(system: System) -> SystemSummary:
     )
 
 
-def _outcomes(system: System, task: str, rounds: int) -> Outcomes:
+def _outcomes(system: System, task: str, rounds: int) -> Outcomes | None:
     """Counts the children of all rounds, the one that is under way among them."""
-    journals = (read_journal(system.journal_file(task, number)) for number in range(rounds + 1))
+    try:
+        journals = [read_journal(system.journal_file(task, number)) for number in range(rounds + 1)]
+    except DamagedError:
+        # What the system is made of is known all the same.
+        return None
     return Outcomes.of(child for records in journals for _, child in child_records(records))
 
 
