@@ -7,6 +7,7 @@ from typing import Any
 
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import HEAD, POS_EMBED, Layer, LayerKind, LayerSpec, Position
+from evolve.outcomes import Outcomes
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.report.baselines import Baseline
 from evolve.report.content import Content, compare, cost_of, rank
@@ -83,6 +84,7 @@ def make_task(name: str, **changes: Any) -> TaskSummary:
         "num_parameters": 100,
         "own_parameters": 10,
         "accounted_parameters": 40.0,
+        "outcomes": Outcomes(),
     }
     return TaskSummary(**{**values, **changes})
 
