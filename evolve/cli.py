@@ -27,7 +27,7 @@ from evolve.baseline import BaselinePlan, Method, is_finished
 from evolve.collecting import Collection, Kind, collect
 from evolve.config import Experiment, load_settings
 from evolve.data.task import TaskData
-from evolve.errors import DamagedError, EvolveError, SettingsError
+from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
@@ -187,7 +187,7 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
     summary = summarise(opened)
     try:
         lineage = lineage_hash(opened)
-    except DamagedError as error:
+    except SystemFolderError as error:
         typer.echo(f"warning: no lineage: {error}", err=True)
         lineage = None
     if as_json:

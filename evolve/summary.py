@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 
+from evolve.errors import SystemFolderError
 from evolve.journal import child_records, read_journal
 from evolve.layer import POS_EMBED
 from evolve.outcomes import Outcomes
@@ -36,7 +38,7 @@ class TaskSummary:
         num_parameters: of all its layers.
         own_parameters: of its own layers.
         accounted_parameters: each layer's divided by the number of tasks that use it.
-        outcomes: what became of the children that were trained for it, as far as its journals are there.
+        outcomes: what became of the children that were trained for it, as far as its journals are there and can be read.
     """
 
     name: str
@@ -99,7 +101,7 @@ def summarise(system: System) -> SystemSummary:
     """Returns what a system is made of now.
 
     Raises:
-        DamagedError: a path, a layer or a journal is missing or altered.
+        DamagedError: a path or a layer is missing or altered.
     """
     with system.reading():
         records = system.tasks()
@@ -159,8 +161,13 @@ def summarise(system: System) -> SystemSummary:
 
 def _outcomes(system: System, task: str, rounds: int) -> Outcomes:
     """Counts the children of all rounds, the one that is under way among them."""
-    journals = (read_journal(system.journal_file(task, number)) for number in range(rounds + 1))
-    return Outcomes.of(child for records in journals for _, child in child_records(records))
+    outcomes = Outcomes()
+    for number in range(rounds + 1):
+        # A current path needs no journal: what is wrong with one, `verify`, reports and the lineage say.
+        with contextlib.suppress(SystemFolderError):
+            records = read_journal(system.journal_file(task, number))
+            outcomes += Outcomes.of(child for _, child in child_records(records))
+    return outcomes
 
 
 def _grids(paths: Iterable[Path]) -> set[int]:

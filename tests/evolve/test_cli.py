@@ -242,6 +242,17 @@ def test_a_system_is_reported_and_watched(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_system_is_shown_although_a_journal_of_a_closed_search_is_altered(tmp_path, monkeypatch, capsys):
+    system = searched_system(tmp_path / "system", 1, children=8)
+    file = system.journal_file("digits", 0)
+    file.write_bytes(file.read_bytes().replace(b"quality", b"quantity"))
+    assert _main(monkeypatch, "show", "--system", system.folder) == 0
+    said = capsys.readouterr()
+    assert f"{system.tasks()['digits'].quality:.4f}" in said.out
+    assert said.out.endswith("lineage unknown\n")
+    assert said.err.startswith(f"warning: no lineage: found an altered line 3 in {file};")
+
+
 def test_scalars_are_written_on_request(folder, monkeypatch):
     file = _write(folder, SETTINGS + COLOURS)
     assert _main(monkeypatch, "run", file, "--system", folder / "system", "--tensorboard", folder / "scalars") == 0
