@@ -24,6 +24,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ FORMAT = 1
 """Version of the records."""
 
 _COMPRESSED = ".gz"
+_NAME = re.compile(r"(.+)-([0-9]{4,})\.jsonl(?:\.gz)?")
 
 Record = dict[str, Any]
 
@@ -115,6 +117,34 @@ def read_journal(file: pathlib.Path) -> list[Record]:
     return _parse(file)[0]
 
 
+def journals_in(*folders: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the journals in some folders, in order of name; where one lies there plain and compressed, the plain one."""
+    found = []
+    for folder in folders:
+        plain = sorted(folder.glob("*.jsonl"))
+        found += sorted({*plain, *(file for file in folder.glob("*.jsonl.gz") if file.with_suffix("") not in plain)})
+    return found
+
+
+def search_journals(system: pathlib.Path) -> dict[tuple[str, int], pathlib.Path]:
+    """Returns the journals of a system's searches by task and round, counted from 0, in that order; not those set aside.
+
+    Args:
+        system: its folder.
+    """
+    named = ((_NAME.fullmatch(file.name), file) for file in journals_in(system / "journal"))
+    return dict(sorted(((match[1], int(match[2]) - 1), file) for match, file in named if match is not None))
+
+
+def baseline_journals(system: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the journals of a system's baselines, plain and compressed, in order of method and task.
+
+    Args:
+        system: its folder.
+    """
+    return journals_in(*sorted((system / "baselines").glob("*/")))
+
+
 def compressed_file(file: pathlib.Path) -> pathlib.Path:
     """Returns what a plain journal is called once it is compressed."""
     return file.with_name(f"{file.name}{_COMPRESSED}")
@@ -139,7 +169,10 @@ def compress_journal(file: pathlib.Path, *, write: bool = True) -> int:
     data = gzip.compress(_read(file), compresslevel=9, mtime=0)
     if write:
         try:
+            written = file.stat()
             write_atomically(compressed_file(file), data)
+            # Who watches goes by the time of the last line.
+            os.utime(compressed_file(file), ns=(written.st_atime_ns, written.st_mtime_ns))
             file.unlink()
             sync_folder(file.parent)
         except OSError as error:

@@ -6,8 +6,7 @@ import dataclasses
 import pathlib
 
 from evolve.errors import EvolveError
-from evolve.journal import read_journal
-from evolve.report.searches import journal_files
+from evolve.journal import baseline_journals, read_journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ def read_baselines(folder: pathlib.Path) -> tuple[list[Baseline], list[str]]:
         folder: of the system; baselines/<method>/<task>.jsonl in it, or none.
     """
     baselines, findings = [], []
-    for file in journal_files(folder, "baselines/*/*"):
+    for file in baseline_journals(folder):
         try:
             records = read_journal(file)
         except EvolveError as error:

@@ -70,6 +70,7 @@ class TaskCost:
         num_children: finished.
         num_survived: that joined a population.
         num_diverged: whose losses or weights were not finite.
+        num_stopped_early: that could not beat their parent any more and were trained no further.
         num_trained_images: counted with repetition.
         flops: of training and validation.
         train_seconds: spent training.
@@ -83,6 +84,7 @@ class TaskCost:
     num_children: int
     num_survived: int
     num_diverged: int
+    num_stopped_early: int
     num_trained_images: int
     flops: float
     train_seconds: float
@@ -217,6 +219,7 @@ def cost_of(task: str, searches: Iterable[Search]) -> TaskCost:
         num_children=len(children),
         num_survived=sum(child.survived for child in children),
         num_diverged=sum(child.diverged for child in children),
+        num_stopped_early=sum(child.stopped_early for child in children),
         num_trained_images=sum(child.num_trained_images for child in children),
         flops=sum(child.flops for child in children),
         train_seconds=sum(child.train_seconds for child in children),
