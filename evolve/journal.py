@@ -5,14 +5,15 @@
                                                                     hyperparameters, where its layers come from, its seed
     {"crc32": "…", "sequence": 2, "type": "pack", …}                results of children that were trained together: of each its path,
                                                                     quality after each interval, score, whether it survived or the
-                                                                    `reason` why not, layers, trained images, FLOPs, seconds
+                                                                    `reason` why not, layers, trained images, FLOPs, seconds;
+                                                                    `diverged`, `stopped_after`, `batch_parts` if there is cause
     …
     {"crc32": "…", "sequence": n, "type": "close", …}               the path that became current, and its test accuracy
 
 `crc32` (8 hex digits) is of the rest of the object in canonical JSON: keys sorted, no spaces. A line is written and synced whole
 before anything that depends on it happens; a search that was killed leaves at most one torn line, the last, which is dropped when
 the journal is opened again. Everything but `seconds` fields follows from the first line, so that a search can go on after the last
-finished pack and end as if it had never stopped. Fields that came later (`reason`) are missing from older journals.
+finished pack and end as if it had never stopped. Fields that came later (`reason` and those after it) are missing from older journals.
 
 A closed journal may be compressed: `a-0001.jsonl.gz` instead of `a-0001.jsonl`. It is read under either name.
 """
@@ -220,7 +221,8 @@ def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
             "what was written",
             f"{_described(records)}: restore the file from a copy; without one, "
             "`munet-evolve run` with --recover keeps what is whole of an unfinished search and trains the rest again, "
-            "--restart starts its round over; nothing else needs the journal of a closed search",
+            "--restart starts its round over; nothing else needs the journal of a closed search; a baseline starts over once its "
+            "file is removed",
         )
     return records, length
 
