@@ -142,7 +142,7 @@ _COST = (
 _METHOD = (*("method", "num_tasks", "accuracy", "margin", "accounted_parameters", "num_trained_images", "flops", "seconds"),)
 _BASELINE = (
     *("method", "task", "quality", "test_accuracy", "accounted_parameters", "num_trained_images", "flops"),
-    *("train_seconds", "evaluate_seconds", "wall_seconds"),
+    *("train_seconds", "evaluate_seconds", "wall_seconds", "num_diverged"),
 )
 
 _TABLES: Mapping[str, Callable[[Content], Table]] = {

@@ -15,6 +15,7 @@ from PIL import Image
 
 from evolve import cli
 from evolve.export.publish import PublishResult
+from evolve.interruption import Interrupted
 from evolve.root import save_root
 from evolve.store import System
 from evolve.vit import reference_logits
@@ -327,6 +328,19 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
     assert "search.children_per_task = 600 then and 6 now" in other.stderr
     assert evolve("remove", "--system", folder / "system", "--task", "colours").returncode == 0
     assert evolve("run", file, "--system", folder / "system").returncode == 0
+
+
+@pytest.mark.parametrize("moment", ["prepare", "run_tasks"])
+def test_a_restart_that_was_interrupted_before_it_began_is_still_to_be_done(folder, monkeypatch, capsys, moment):
+    file = _write(folder, SETTINGS + COLOURS)
+
+    def interrupt(*_arguments, **_options):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(f"evolve.api.{moment}", interrupt)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system", "--restart") == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"munet-evolve run {file} --system {folder / 'system'}" + " --restart" * (moment == "prepare"))
 
 
 def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):

@@ -234,7 +234,8 @@ def test_on_a_terminal_the_view_is_live(scene):
     assert "\x1b[?25h" in said, "the cursor is shown again"
 
 
-def test_the_command_ends_cleanly_by_an_interrupt(scene):
+@pytest.mark.parametrize(("number", "status", "complaint"), [(signal.SIGINT, 0, ""), (signal.SIGTERM, 143, "interrupted\n")])
+def test_the_command_ends_cleanly_by_an_interrupt(scene, number, status, complaint):
     scene.write(3)
     command = [sys.executable, "-m", "evolve.cli", "watch", "--system", str(scene.folder)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -244,7 +245,7 @@ def test_the_command_ends_cleanly_by_an_interrupt(scene):
         for line in process.stdout:
             if "child 2 of 16" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, complaints = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert complaints == ""
+    assert process.returncode == status
+    assert complaints == complaint

@@ -102,13 +102,16 @@ METHODS = {"finetune": 1.0, "freeze:0": 0.95, "freeze:2": 0.5, "adapters:8": 0.1
 """Methods of baselines, and which share of all parameters each trains."""
 
 
-def add_baseline(system: System, method: str, task: str, *, is_finished: bool = True, **changes: object) -> pathlib.Path:
+def add_baseline(
+    system: System, method: str, task: str, *, is_finished: bool = True, data_fingerprint: str | None = None, **changes: object
+) -> pathlib.Path:
     """Writes the journal that a baseline leaves, and returns it."""
     record = system.tasks()[task]
     folder = method.replace(":", "-")
     file = system.folder / "baselines" / folder / f"{task}.jsonl"
     journal = Journal(file)
-    journal.append("open", {"format": 1, "task": task, "method": method.removesuffix("-tuned")})
+    opened = {"format": 1, "task": task, "method": method.removesuffix("-tuned")}
+    journal.append("open", opened | {"data_fingerprint": data_fingerprint or record.data_fingerprint})
     if is_finished:
         quality = record.quality - 0.1 * _draw(f"{method}/{task}") + 0.02
         path = system.path(record.path_id)

@@ -189,6 +189,31 @@ def test_baselines_are_read_and_unfinished_ones_named(system, tmp_path):
     assert findings[1] == "the baseline finetune of digits is unfinished; it is left out"
 
 
+def test_a_baseline_of_other_data_is_not_compared_with_the_search(tmp_path):
+    system = searched_system(tmp_path / "system", 1, children=8)
+    for method, fingerprint in (("freeze:2", "f-digits"), ("finetune", "f-other")):
+        add_baseline(system, method, "digits", data_fingerprint=fingerprint)
+    content = read_content(system)
+    assert [base.method for base in content.baselines] == ["freeze:2"]
+    assert content.standings[0].rival.method == "freeze:2"
+    assert content.findings == ("the baseline finetune of digits had other data than the search; it is left out",)
+
+
+def test_garbage_is_not_collected_between_one_look_and_the_next(tmp_path, monkeypatch):
+    system = searched_system(tmp_path / "system", 1, children=8)
+
+    def wait():
+        raise TimeoutError
+
+    def look(*arguments):
+        with pytest.raises(TimeoutError), system.collecting(wait):
+            pass
+        return structure_of(*arguments)
+
+    monkeypatch.setattr("evolve.report.content.structure_of", look)
+    assert read_content(system).structure.tasks == ("digits",)
+
+
 # Structure
 
 
