@@ -142,7 +142,7 @@ class System:
 
     @staticmethod
     def create(
-        folder: pathlib.Path,
+        folder: str | os.PathLike[str],
         layers: Mapping[Position, tuple[LayerSpec, Tensors]],
         image_size: int,
         root_source: Mapping[str, Any] | None = None,
@@ -159,7 +159,7 @@ class System:
             SystemFolderError: the folder holds a system already or cannot be written.
             ValueError: the layers do not chain.
         """
-        system_id = secrets.token_hex(8)
+        folder, system_id = pathlib.Path(folder), secrets.token_hex(8)
         blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
         with blank._lock("system", wait=True):
             if System.exists(folder):
