@@ -182,7 +182,10 @@ def compress_journal(file: pathlib.Path, *, write: bool = True) -> int:
 
 
 def cut_to_whole(file: pathlib.Path) -> list[Record]:
-    """Cuts a plain journal in front of its first line that is altered or torn, and returns the records that are left.
+    """Cuts a journal in front of its first line that is altered or torn, and returns the records that are left.
+
+    Args:
+        file: the plain journal; a compressed one of this name becomes plain.
 
     Raises:
         DamagedError: it cannot be read.
@@ -190,9 +193,8 @@ def cut_to_whole(file: pathlib.Path) -> list[Record]:
     """
     records, length, _ = _parse_whole(file)
     try:
-        with file.open("r+b") as stream:
-            stream.truncate(length)
-            os.fsync(stream.fileno())
+        write_atomically(file, _read(file)[:length])
+        compressed_file(file).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(file, error) from error
     return records
