@@ -455,8 +455,9 @@ def _print_summary(summary: SystemSummary, console: rich.console.Console) -> Non
         )
     console.print(table)
     for task in summary.tasks:
-        parts = [task.make_up(summary.root_blocks), f"{_counted(task.outcomes.trained, 'child', 'children')} trained"]
-        parts.extend(task.outcomes.remarks)
+        parts = [task.make_up(summary.root_blocks)]
+        if task.outcomes is not None:
+            parts += [f"{_counted(task.outcomes.trained, 'child', 'children')} trained", *task.outcomes.remarks]
         console.print(f"{task.name}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
     line = f"{_counted(summary.num_layers, 'distinct layer')} with {summary.num_parameters:,} parameters"
     if len(summary.tasks) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable
 
@@ -38,7 +37,7 @@ class TaskSummary:
         num_parameters: of all its layers.
         own_parameters: of its own layers.
         accounted_parameters: each layer's divided by the number of tasks that use it.
-        outcomes: what became of the children that were trained for it, as far as its journals are there and can be read.
+        outcomes: what became of the children that were trained for it, as far as its journals are there; None if one cannot be read.
     """
 
     name: str
@@ -59,7 +58,7 @@ class TaskSummary:
     num_parameters: int
     own_parameters: int
     accounted_parameters: float
-    outcomes: Outcomes
+    outcomes: Outcomes | None
 
     def make_up(self, root_blocks: int) -> str:
         """Returns in words what the path changes: `from greek; trains block.1, norm, head; adapter before block 0; 2 of 3 blocks`."""
@@ -159,15 +158,14 @@ def summarise(system: System) -> SystemSummary:
     )
 
 
-def _outcomes(system: System, task: str, rounds: int) -> Outcomes:
+def _outcomes(system: System, task: str, rounds: int) -> Outcomes | None:
     """Counts the children of all rounds, the one that is under way among them."""
-    outcomes = Outcomes()
-    for number in range(rounds + 1):
-        # A current path needs no journal: what is wrong with one, `verify`, reports and the lineage say.
-        with contextlib.suppress(SystemFolderError):
-            records = read_journal(system.journal_file(task, number))
-            outcomes += Outcomes.of(child for _, child in child_records(records))
-    return outcomes
+    try:
+        journals = [read_journal(system.journal_file(task, number)) for number in range(rounds + 1)]
+    except SystemFolderError:
+        # What the system is made of is known all the same.
+        return None
+    return Outcomes.of(child for records in journals for _, child in child_records(records))
 
 
 def _grids(paths: Iterable[Path]) -> set[int]:

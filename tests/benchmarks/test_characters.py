@@ -17,7 +17,7 @@ from tests.support.processes import TOP, environment
 
 TIMEOUT_SECONDS = 900
 TINY = """
-seeds = 2
+seeds = 1
 scale_factor = 0.5
 tuned_replicas = 2
 tasks = ["digits"]
@@ -61,7 +61,7 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_is_missing(tiny):
     lines = _benchmark(tiny, "--results", str(tiny.parent / "results"), "--hardware", "Some 1 CPU")
     assert {"partial": False, "missing": []} in lines
     runs = {(line["run"], line["seed"]) for line in lines if "run" in line}
-    assert runs == {(method, seed) for seed in (0, 1) for method in ("search", "search scaled", "finetune", "finetune tuned")}
+    assert runs == {(method, 0) for method in ("search", "search scaled", "finetune", "finetune tuned")}
     images = {line["num_trained_images"] for line in lines if "run" in line}
     assert images == {2 * 2 * 64}, "the same number of steps for all"
     assert {"Q1", "Q2", "Q2 scaled", "Q2 scaled loss", "Q8", "Q8 parameters"} <= lines[-1]["summary"].keys()

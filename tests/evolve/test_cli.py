@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,41 @@ def test_the_same_search_in_another_process_gives_the_same_lineage(folder, monke
     assert one.tasks() == two.tasks()
     layers = [sorted(file.name for file in system.folder.glob("layers/*/*")) for system in (one, two)]
     assert layers[0] == layers[1]
+
+
+def test_a_search_in_which_all_children_diverge_has_an_end_and_says_so(folder, monkeypatch, capsys):
+    from evolve.training.child import ChildModel
+
+    monkeypatch.setattr(ChildModel, "is_finite", lambda self: False)
+    assert _main(monkeypatch, "run", _write(folder, SETTINGS + COLOURS), "--system", folder / "system") == 0
+    assert re.search(r"6/6 children, \d survived, 6 children diverged", capsys.readouterr().out)
+    assert System.open(folder / "system").tasks()["colours"].quality == 0.0
+    assert _main(monkeypatch, "show", "--system", folder / "system") == 0
+    assert "; 6 children trained; 6 children diverged" in capsys.readouterr().out
+    assert _main(monkeypatch, "show", "--system", folder / "system", "--json") == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    del task["outcomes"]["survived"]
+    assert task["outcomes"] == {"trained": 6, "diverged": 6, "stopped_early": 0, "in_parts": 0}
+    assert _main(monkeypatch, "verify", "--system", folder / "system") == 0
+
+
+def test_want_of_memory_exits_2_and_the_same_command_goes_on(folder, monkeypatch, capsys):
+    import torch
+
+    from evolve.training import child
+
+    file = _write(folder, SETTINGS + COLOURS)
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        patch.setattr(child, "run_layers", full)
+        assert _main(monkeypatch, "run", file, "--system", folder / "system") == 2
+    error = capsys.readouterr().err
+    assert "\nerror: found too little memory for child 0 of colours" in error
+    assert "Traceback" not in error
+    assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
 
 
 BAD_SETTINGS = {
