@@ -28,7 +28,7 @@ class TaskOutcome:
         accounted_parameters: each layer's divided by the number of tasks that use it.
         num_trained_images: in training, counted with repetition.
         flops: of training and validation, estimated.
-        seconds: of the process, training and validation and the rest.
+        seconds: of training and validation.
     """
 
     task: str

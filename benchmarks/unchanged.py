@@ -121,11 +121,11 @@ def closed_searches(system: System) -> Iterator[TaskRecord]:
     """Yields what each closed search made of its task, in the order in which they were closed."""
     records = system.tasks()
     closed = []
-    for file in (system.folder / "journal").glob("*-????.jsonl"):
-        journal = read_journal(file)
-        if journal and journal[-1]["type"] == "close":
+    for place in system.journals():
+        if place.is_closed:
+            journal = read_journal(place.file)
             # Searches of one process follow each other: what one saw when it opened was closed before.
-            closed.append((journal[0]["round"], max((row["order"] for row in journal[0]["snapshot"]), default=0), journal))
+            closed.append((place.round, max((row["order"] for row in journal[0]["snapshot"]), default=0), journal))
     for number, (_, _, journal) in enumerate(sorted(closed, key=lambda item: item[:2])):
         opened, end = journal[0], journal[-1]
         yield dataclasses.replace(

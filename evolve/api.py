@@ -315,7 +315,9 @@ def remove_task(system: System, task: str) -> None:
 
 def _choose(experiment: Experiment, names: Collection[str] | None) -> list[Any]:
     known = [task.name for task in experiment.tasks]
-    for name in names or ():
+    if names is None:
+        return list(experiment.tasks)
+    for name in names:
         if name not in known:
             similar = similar_names(name, known)
             raise SettingsError(
@@ -323,7 +325,7 @@ def _choose(experiment: Experiment, names: Collection[str] | None) -> list[Any]:
                 f"one of {known}",
                 f"did you mean {' or '.join(map(repr, similar))}?" if similar else "",
             )
-    return [task for task in experiment.tasks if not names or task.name in names]
+    return [task for task in experiment.tasks if task.name in names]
 
 
 def _open(root: RootSettings, folder: pathlib.Path) -> System | None:

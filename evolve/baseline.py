@@ -31,9 +31,10 @@ from evolve.closing import ActiveTask
 from evolve.errors import SettingsError, TrainerError
 from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Origin, Trainer, TrainingLength
 from evolve.hyperparameters import Group, Hyperparameters, tunables
-from evolve.journal import FORMAT, Journal, Record, read_journal
+from evolve.journal import FORMAT, Journal, Record, compressed_file, read_journal
 from evolve.layer import HEAD, NORM, PATCH_EMBED, POS_EMBED, LayerKind, Position
 from evolve.opening import describe, differences
+from evolve.outcomes import remarks_on
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.sampling import derive_generator, derive_seed
 from evolve.search import SearchPlan
@@ -262,7 +263,9 @@ class _Baseline:
         self.length = TrainingLength.of(plan.search.training, task.num_train_images, plan.intervals)
         # Weights of the best replica that this process trained; those of earlier processes are trained again if they are needed.
         self.kept: ChildResult | None = None
-        self.journal = Journal(baseline_file(system, method, task.name))
+        # A compressed one is unpacked, which a collection that compresses it must not come across.
+        with system.storing():
+            self.journal = Journal(baseline_file(system, method, task.name))
 
     def run(self) -> Record:
         try:
@@ -321,6 +324,7 @@ class _Baseline:
                     "evaluate": result.evaluate_seconds,
                     "wall": time.monotonic() - started,
                 },
+                **remarks_on(result),
             },
         )
         if replica == self._best()["replica"]:
@@ -435,8 +439,9 @@ class _Baseline:
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     found = list(differences({name: begun.get(name) for name in identity}, identity))
     if found:
+        written = file if file.exists() else compressed_file(file)
         raise SettingsError(
-            f"found a baseline in {file} begun otherwise: {describe(found)}",
+            f"found a baseline in {written} begun otherwise: {describe(found)}",
             "what it began with",
             "go back to that, or remove the file to start this baseline over",
         )

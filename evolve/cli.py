@@ -1,7 +1,7 @@
 """munet-evolve: the command line of the offline half. Reads arguments, shows what happens; evolve.api does it.
 
 Exit status: 0 done; 1 `verify` found damage; 2 something a person can mend, said on standard error; 130 ended by SIGINT (Ctrl-C), 143 by
-SIGTERM. A second such signal ends it at once.
+SIGTERM; a watch that Ctrl-C ends is done. A second such signal ends it at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from evolve.baseline import BaselinePlan, Method, is_finished
 from evolve.collecting import Collection, Kind, collect
 from evolve.config import Experiment, load_settings
 from evolve.data.task import TaskData
-from evolve.errors import DamagedError, EvolveError, SettingsError
+from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
@@ -112,10 +112,12 @@ def run(
             check_unfinished(found, name, plan.to_dict())
         return True
 
-    with _saying_how_to_go_on(observer, *scalars):
+    with _saying_how_to_go_on(observer, *scalars) as done_once:
         prepared = api.prepare(settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending)
         for data in prepared.data if restart else ():
             _tell_aside(console, prepared.system, data.name, restart_search, "starts over")
+        # With it, what is done from here on would be done over.
+        done_once.append("--restart")
         closed = api.run_tasks(
             prepared.system,
             prepared.data,
@@ -187,7 +189,7 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
     summary = summarise(opened)
     try:
         lineage = lineage_hash(opened)
-    except DamagedError as error:
+    except SystemFolderError as error:
         typer.echo(f"warning: no lineage: {error}", err=True)
         lineage = None
     if as_json:
@@ -233,9 +235,10 @@ def watch(
         return
     try:
         follow(watcher, console)
-    except Interrupted:
-        # That is how a watch ends.
-        return
+    except Interrupted as signal:
+        # Ctrl-C is how a watch ends.
+        if signal.status != 130:
+            raise
 
 
 @app.command()
@@ -334,19 +337,19 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _saying_how_to_go_on(*observers: ProgressObserver | TensorBoardObserver) -> Iterator[None]:
-    """Stops the observers, and ends the command if it is interrupted."""
+def _saying_how_to_go_on(*observers: ProgressObserver | TensorBoardObserver) -> Iterator[list[str]]:
+    """Stops the observers, and ends the command if it is interrupted. Gives a list of options to go on without."""
+    done_once: list[str] = []
 
     def stop() -> None:
         for observer in observers:
             observer.stop()
 
     try:
-        yield
+        yield done_once
     except Interrupted as signal:
         stop()
-        # Not --restart: what was done since would be done over.
-        command = shlex.join(["munet-evolve", *(word for word in sys.argv[1:] if word != "--restart")])
+        command = shlex.join(["munet-evolve", *(word for word in sys.argv[1:] if word not in done_once)])
         typer.echo(f"interrupted; nothing that was finished is lost: the same command goes on from here: {command}", err=True)
         raise typer.Exit(signal.status) from None
     finally:
@@ -469,7 +472,8 @@ def _print_collection(collection: Collection) -> None:
             typer.echo(f"{_counted(len(found), kind)}: {sum(found):,} bytes")
     if collection.journals:
         before, after = (sum(getattr(one, which) for one in collection.journals) for which in ("before", "after"))
-        typer.echo(f"{_counted(len(collection.journals), 'journal')} to compress: {before:,} bytes to {after:,}")
+        what = "compressed" if collection.deleted else "to compress"
+        typer.echo(f"{_counted(len(collection.journals), 'journal')} {what}: {before:,} bytes to {after:,}")
     if collection.unfinished:
         typer.echo(f"kept for searches that are not finished: what {', '.join(collection.unfinished)} names")
     if collection.deleted:

@@ -5,14 +5,15 @@
                                                                     hyperparameters, where its layers come from, its seed
     {"crc32": "…", "sequence": 2, "type": "pack", …}                results of children that were trained together: of each its path,
                                                                     quality after each interval, score, whether it survived or the
-                                                                    `reason` why not, layers, trained images, FLOPs, seconds
+                                                                    `reason` why not, layers, trained images, FLOPs, seconds;
+                                                                    `diverged`, `stopped_after`, `batch_parts` if there is cause
     …
     {"crc32": "…", "sequence": n, "type": "close", …}               the path that became current, and its test accuracy
 
 `crc32` (8 hex digits) is of the rest of the object in canonical JSON: keys sorted, no spaces. A line is written and synced whole
 before anything that depends on it happens; a search that was killed leaves at most one torn line, the last, which is dropped when
 the journal is opened again. Everything but `seconds` fields follows from the first line, so that a search can go on after the last
-finished pack and end as if it had never stopped. Fields that came later (`reason`) are missing from older journals.
+finished pack and end as if it had never stopped. Fields that came later (`reason` and those after it) are missing from older journals.
 
 A closed journal may be compressed: `a-0001.jsonl.gz` instead of `a-0001.jsonl`. It is read under either name.
 """
@@ -24,6 +25,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +37,7 @@ FORMAT = 1
 """Version of the records."""
 
 _COMPRESSED = ".gz"
+_NAME = re.compile(r"(.+)-([0-9]{4,})\.jsonl(?:\.gz)?")
 
 Record = dict[str, Any]
 
@@ -115,6 +118,34 @@ def read_journal(file: pathlib.Path) -> list[Record]:
     return _parse(file)[0]
 
 
+def journals_in(*folders: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the journals in some folders, in order of name; where one lies there plain and compressed, the plain one."""
+    found = []
+    for folder in folders:
+        plain = sorted(folder.glob("*.jsonl"))
+        found += sorted({*plain, *(file for file in folder.glob("*.jsonl.gz") if file.with_suffix("") not in plain)})
+    return found
+
+
+def search_journals(system: pathlib.Path) -> dict[tuple[str, int], pathlib.Path]:
+    """Returns the journals of a system's searches by task and round, counted from 0, in that order; not those set aside.
+
+    Args:
+        system: its folder.
+    """
+    named = ((_NAME.fullmatch(file.name), file) for file in journals_in(system / "journal"))
+    return dict(sorted(((match[1], int(match[2]) - 1), file) for match, file in named if match is not None))
+
+
+def baseline_journals(system: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the journals of a system's baselines, plain and compressed, in order of method and task.
+
+    Args:
+        system: its folder.
+    """
+    return journals_in(*sorted((system / "baselines").glob("*/")))
+
+
 def compressed_file(file: pathlib.Path) -> pathlib.Path:
     """Returns what a plain journal is called once it is compressed."""
     return file.with_name(f"{file.name}{_COMPRESSED}")
@@ -139,7 +170,10 @@ def compress_journal(file: pathlib.Path, *, write: bool = True) -> int:
     data = gzip.compress(_read(file), compresslevel=9, mtime=0)
     if write:
         try:
+            written = file.stat()
             write_atomically(compressed_file(file), data)
+            # Who watches goes by the time of the last line.
+            os.utime(compressed_file(file), ns=(written.st_atime_ns, written.st_mtime_ns))
             file.unlink()
             sync_folder(file.parent)
         except OSError as error:
@@ -148,7 +182,10 @@ def compress_journal(file: pathlib.Path, *, write: bool = True) -> int:
 
 
 def cut_to_whole(file: pathlib.Path) -> list[Record]:
-    """Cuts a plain journal in front of its first line that is altered or torn, and returns the records that are left.
+    """Cuts a journal in front of its first line that is altered or torn, and returns the records that are left.
+
+    Args:
+        file: the plain journal; a compressed one of this name becomes plain.
 
     Raises:
         DamagedError: it cannot be read.
@@ -156,9 +193,8 @@ def cut_to_whole(file: pathlib.Path) -> list[Record]:
     """
     records, length, _ = _parse_whole(file)
     try:
-        with file.open("r+b") as stream:
-            stream.truncate(length)
-            os.fsync(stream.fileno())
+        write_atomically(file, _read(file)[:length])
+        compressed_file(file).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(file, error) from error
     return records
@@ -187,7 +223,8 @@ def _parse(file: pathlib.Path) -> tuple[list[Record], int]:
             "what was written",
             f"{_described(records)}: restore the file from a copy; without one, "
             "`munet-evolve run` with --recover keeps what is whole of an unfinished search and trains the rest again, "
-            "--restart starts its round over; nothing else needs the journal of a closed search",
+            "--restart starts its round over; nothing else needs the journal of a closed search; a baseline starts over once its "
+            "file is removed",
         )
     return records, length
 

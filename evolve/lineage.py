@@ -46,6 +46,7 @@ def lineage_hash(system: System) -> str:
     with system.reading():
         records = system.tasks()
         paths = [system.root, *(system.path(record.path_id) for record in records.values())]
+        journals = [(journal, read_journal(journal.file)) for journal in system.journals()]
         content = {
             "version": VERSION,
             "root": system.root.id,
@@ -53,7 +54,8 @@ def lineage_hash(system: System) -> str:
             # A path's id stands for all that it is, a layer's for its bytes: both are checked against what is on disk.
             "paths": sorted(path.id for path in paths),
             "layers": sorted({system.check_layer(layer_id).id for path in paths for layer_id in path.layer_ids}),
-            "journals": [[journal.task, journal.round, lineage_of(read_journal(journal.file))] for journal in system.journals()],
+            # A search that was killed before its first line has decided nothing.
+            "journals": [[journal.task, journal.round, lineage_of(told)] for journal, told in journals if told],
         }
     canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]

@@ -123,7 +123,7 @@ def recover_search(system: System, task: str) -> pathlib.Path | None:
     except DamagedError:
         with system.publishing():
             aside = system.set_journal_aside(journal, copy=True)
-        cut_to_whole(journal.file)
+        cut_to_whole(system.journal_file(task, journal.round))
         return aside
     return None
 

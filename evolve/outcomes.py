@@ -1,11 +1,30 @@
-"""What became of the children of a search, counted from its journal."""
+"""What became of the children of a search: what their journal says of it, and counts of that."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
+from evolve.generation import ChildResult
 from evolve.journal import Record
+
+
+def remarks_on(result: ChildResult, stopped_after: int | None = None) -> dict[str, Any]:
+    """Returns what a journal says of a child that did not train as most do; nothing of others.
+
+    Args:
+        result: of the child.
+        stopped_after: the interval after which it was judged, counted from 1; None if it was trained to its end.
+    """
+    remarks: dict[str, Any] = {}
+    if result.diverged:
+        remarks["diverged"] = True
+    if stopped_after is not None:
+        remarks["stopped_after"] = stopped_after
+    if result.batch_parts > 1:
+        remarks["batch_parts"] = result.batch_parts
+    return remarks
 
 
 @dataclasses.dataclass(frozen=True)

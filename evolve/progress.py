@@ -155,7 +155,10 @@ class BaselineListener:
     def replica_finished(self, task: str, method: Method, record: Record) -> None:
         """Prints a line."""
         seconds = record["seconds"]["wall"]
-        self._say(f"{task}: {method}, {record['replica'] + 1}/{self._total}, quality {record['quality']:.4f}, {seconds:.1f} s")
+        diverged = ", diverged" if record.get("diverged") else ""
+        self._say(
+            f"{task}: {method}, {record['replica'] + 1}/{self._total}, quality {record['quality']:.4f}{diverged}, {seconds:.1f} s"
+        )
 
     def baseline_closed(self, task: str, method: Method, record: Record) -> None:
         """Prints the result."""

@@ -24,6 +24,7 @@ from evolve.judgement import largest_gains, quality_to_beat
 from evolve.layer import PATCH_EMBED, Layer
 from evolve.mutation import select_tunables, step_hyperparameters
 from evolve.opening import open_search
+from evolve.outcomes import remarks_on
 from evolve.path import Path, PlacedLayer
 from evolve.population import Member, Population
 from evolve.sampling import Surroundings, derive_generator, derive_seed, sample_child
@@ -324,6 +325,9 @@ class _Search:
         path_score = self._score(path)
         parent_score = self.population[child.parent_id].score if child.parent_id in self.population else None
         survived = parent_score is None or (stopped_after is None and path_score > parent_score)
+        reason = None
+        if parent_score is not None and not survived:
+            reason = _reason(child, result, stopped_after, f"score {path_score:.6g} is not above its parent's {parent_score:.6g}")
         if survived:
             for plan in child.layers:
                 if plan.trainable:
@@ -339,13 +343,13 @@ class _Search:
             "score": path_score,
             "parent_score": parent_score,
             "survived": survived,
-            "reason": None if survived else f"score {path_score:.6g} is not above its parent's {parent_score:.6g}",
+            "reason": reason,
             "accounted_parameters": accounted_parameters(path, self.sharing),
             "layers": [[str(position), layer.id] for position, layer in path.layers],
             "num_trained_images": result.num_trained_images,
             "flops": result.flops,
             "seconds": {"train": result.train_seconds, "evaluate": result.evaluate_seconds},
-            **_remarks(result, stopped_after),
+            **remarks_on(result, stopped_after),
         }
 
     def _score(self, path: Path) -> float:
@@ -457,16 +461,13 @@ def _cut_off(result: ChildResult, stopped_after: int | None) -> ChildResult:
     return dataclasses.replace(result, interval_qualities=qualities, best_interval=qualities.index(max(qualities)))
 
 
-def _remarks(result: ChildResult, stopped_after: int | None) -> dict[str, Any]:
-    """Returns what the journal says of a child that did not train as most do."""
-    remarks: dict[str, Any] = {}
+def _reason(child: ChildPlan, result: ChildResult, stopped_after: int | None, scores: str) -> str:
+    """Returns in words why a child did not survive; `scores` says so of one that was trained to its end."""
     if result.diverged:
-        remarks["diverged"] = True
+        return "diverged: a loss or weight was not finite"
     if stopped_after is not None:
-        remarks["stopped_after"] = stopped_after
-    if result.batch_parts > 1:
-        remarks["batch_parts"] = result.batch_parts
-    return remarks
+        return f"stopped after interval {stopped_after}: could no longer exceed quality {child.quality_to_beat:.6g}"
+    return scores
 
 
 def _layer_of(plan: LayerPlan, result: ChildResult) -> Layer:

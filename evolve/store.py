@@ -26,7 +26,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -37,7 +36,7 @@ import safetensors.numpy
 
 from evolve.errors import BusyError, DamagedError, SystemFolderError
 from evolve.hyperparameters import Hyperparameters
-from evolve.journal import compressed_file, read_journal
+from evolve.journal import baseline_journals, compressed_file, journals_in, read_journal, search_journals
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import resample
@@ -46,8 +45,6 @@ from munet.preprocessing import Pixels
 
 FORMAT = 1
 """Version of the layout described above."""
-
-_JOURNAL = re.compile(r"(.+)-([0-9]{4,})\.jsonl(?:\.gz)?")
 
 _REPAIR = (
     "restore the file from a copy; without one, `munet-evolve remove` the tasks whose paths use it and evolve them again, "
@@ -145,7 +142,7 @@ class System:
 
     @staticmethod
     def create(
-        folder: pathlib.Path,
+        folder: str | os.PathLike[str],
         layers: Mapping[Position, tuple[LayerSpec, Tensors]],
         image_size: int,
         root_source: Mapping[str, Any] | None = None,
@@ -162,7 +159,7 @@ class System:
             SystemFolderError: the folder holds a system already or cannot be written.
             ValueError: the layers do not chain.
         """
-        system_id = secrets.token_hex(8)
+        folder, system_id = pathlib.Path(folder), secrets.token_hex(8)
         blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
         with blank._lock("system", wait=True):
             if System.exists(folder):
@@ -363,20 +360,19 @@ class System:
     def journals(self, task: str | None = None) -> list[JournalFile]:
         """Returns the journals of all searches, or of a task's: plain and compressed, by task and round; not those set aside."""
         rounds = {name: record.rounds for name, record in self.tasks().items()}
-        found = {}
-        for file in _journals_in(self.folder / "journal"):
-            match = _JOURNAL.fullmatch(file.name)
-            if match and task in (None, match[1]):
-                found[match[1], int(match[2]) - 1] = file
-        return [JournalFile(name, number, found[name, number], number < rounds.get(name, 0)) for name, number in sorted(found)]
+        return [
+            JournalFile(name, number, file, number < rounds.get(name, 0))
+            for (name, number), file in search_journals(self.folder).items()
+            if task in (None, name)
+        ]
 
     def baseline_journals(self) -> list[pathlib.Path]:
         """Returns the journals of all baselines, plain and compressed, in order."""
-        return _journals_in(*sorted((self.folder / "baselines").glob("*/")))
+        return baseline_journals(self.folder)
 
     def removed_journals(self) -> list[pathlib.Path]:
         """Returns the journals that were set aside, plain and compressed, in order."""
-        return _journals_in(self.folder / "journal" / "removed")
+        return journals_in(self.folder / "journal" / "removed")
 
     def set_journal_aside(self, journal: JournalFile, *, copy: bool = False) -> pathlib.Path:
         """Moves a journal to journal/removed/, so that a later search of the same round starts afresh, or writes a copy there.
@@ -687,15 +683,6 @@ def path_to_dict(path: Path) -> dict[str, Any]:
         "parent_id": path.parent_id,
         "quality": path.quality,
     }
-
-
-def _journals_in(*folders: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the journals in some folders; where a crash left one plain and compressed, the plain one."""
-    found = []
-    for folder in folders:
-        plain = sorted(folder.glob("*.jsonl"))
-        found += sorted({*plain, *(file for file in folder.glob("*.jsonl.gz") if file.with_suffix("") not in plain)})
-    return found
 
 
 def _findings(check: Any, subject: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from evolve.errors import DamagedError
+from evolve.errors import SystemFolderError
 from evolve.journal import child_records, read_journal
 from evolve.layer import POS_EMBED
 from evolve.outcomes import Outcomes
@@ -37,7 +37,7 @@ class TaskSummary:
         num_parameters: of all its layers.
         own_parameters: of its own layers.
         accounted_parameters: each layer's divided by the number of tasks that use it.
-        outcomes: what became of the children that were trained for it, as far as its journals are there; None if one is altered.
+        outcomes: what became of the children that were trained for it, as far as its journals are there; None if one cannot be read.
     """
 
     name: str
@@ -162,7 +162,7 @@ def _outcomes(system: System, task: str, rounds: int) -> Outcomes | None:
     """Counts the children of all rounds, the one that is under way among them."""
     try:
         journals = [read_journal(system.journal_file(task, number)) for number in range(rounds + 1)]
-    except DamagedError:
+    except SystemFolderError:
         # What the system is made of is known all the same.
         return None
     return Outcomes.of(child for records in journals for _, child in child_records(records))

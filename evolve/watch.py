@@ -17,8 +17,8 @@ import rich.table
 import rich.text
 
 from evolve.errors import EvolveError, SystemFolderError
-from evolve.journal import read_journal
-from evolve.report.searches import Child, Search, journal_files, parse_search
+from evolve.journal import read_journal, search_journals
+from evolve.report.searches import Child, Search, parse_search
 from evolve.store import System
 
 POLL_SECONDS = 1.0
@@ -59,7 +59,7 @@ class Watcher:
 
     def poll(self) -> list[Search]:
         """Reads what has changed and returns the searches that have something new to tell, in the order of their journals' names."""
-        files = journal_files(self._folder)
+        files = list(search_journals(self._folder).values())
         for gone in self._states.keys() - set(files):
             for known in (self._states, self._seen, self._findings):
                 known.pop(gone, None)
@@ -160,7 +160,8 @@ def describe(child: Child) -> str:
 
 
 def _fate(child: Child) -> str:
-    return "diverged" if child.diverged else "survived" if child.survived else "dropped"
+    fates = {"diverged": child.diverged, "stopped early": child.stopped_early, "survived": child.survived}
+    return next((fate for fate, is_so in fates.items() if is_so), "dropped")
 
 
 def _duration(seconds: float | None) -> str:

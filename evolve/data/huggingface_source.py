@@ -92,7 +92,7 @@ def _quiet(datasets: Any, offline: bool) -> Iterator[None]:
     switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [switch.HF_HUB_OFFLINE for switch in switches]
     verbosity = datasets.utils.logging.get_verbosity()
-    had_bars = datasets.are_progress_bars_disabled()
+    had_bars = not datasets.are_progress_bars_disabled()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     if offline:
         datasets.disable_progress_bars()
@@ -102,7 +102,7 @@ def _quiet(datasets: Any, offline: bool) -> Iterator[None]:
         yield
     finally:
         datasets.utils.logging.set_verbosity(verbosity)
-        if not had_bars:
+        if had_bars:
             datasets.enable_progress_bars()
         for switch, value in zip(switches, before, strict=True):
             switch.HF_HUB_OFFLINE = value

@@ -6,8 +6,7 @@ import dataclasses
 import pathlib
 
 from evolve.errors import EvolveError
-from evolve.journal import read_journal
-from evolve.report.searches import journal_files
+from evolve.journal import baseline_journals, read_journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Baseline:
         train_seconds: spent training.
         evaluate_seconds: spent validating.
         wall_seconds: of the process that closed it.
+        num_diverged: replicas whose losses or weights were not finite.
+        data_fingerprint: hash of the images, labels and splits that it was trained and tested on; None if it is not known.
     """
 
     method: str
@@ -37,6 +38,8 @@ class Baseline:
     train_seconds: float
     evaluate_seconds: float
     wall_seconds: float
+    num_diverged: int = 0
+    data_fingerprint: str | None = None
 
     @property
     def family(self) -> str:
@@ -51,7 +54,7 @@ def read_baselines(folder: pathlib.Path) -> tuple[list[Baseline], list[str]]:
         folder: of the system; baselines/<method>/<task>.jsonl in it, or none.
     """
     baselines, findings = [], []
-    for file in journal_files(folder, "baselines/*/*"):
+    for file in baseline_journals(folder):
         try:
             records = read_journal(file)
         except EvolveError as error:
@@ -76,6 +79,8 @@ def read_baselines(folder: pathlib.Path) -> tuple[list[Baseline], list[str]]:
                 train_seconds=seconds["train"],
                 evaluate_seconds=seconds["evaluate"],
                 wall_seconds=seconds["wall"],
+                num_diverged=sum(bool(record.get("diverged")) for record in records),
+                data_fingerprint=records[0].get("data_fingerprint"),
             )
         )
     return baselines, findings

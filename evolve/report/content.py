@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from evolve.report.baselines import Baseline, read_baselines
 from evolve.report.mutations import Payoff, payoffs
 from evolve.report.searches import Search, read_searches
 from evolve.report.structure import Structure, structure_of
-from evolve.store import System
+from evolve.store import System, TaskRecord
 from evolve.summary import SystemSummary, TaskSummary, summarise
 
 SEARCH = "search"
@@ -70,6 +70,7 @@ class TaskCost:
         num_children: finished.
         num_survived: that joined a population.
         num_diverged: whose losses or weights were not finite.
+        num_stopped_early: that could not beat their parent any more and were trained no further.
         num_trained_images: counted with repetition.
         flops: of training and validation.
         train_seconds: spent training.
@@ -83,6 +84,7 @@ class TaskCost:
     num_children: int
     num_survived: int
     num_diverged: int
+    num_stopped_early: int
     num_trained_images: int
     flops: float
     train_seconds: float
@@ -133,21 +135,33 @@ def read_content(system: System) -> Content:
     Raises:
         DamagedError: a current path or one of its layers is missing or altered. Journals that cannot be read are findings.
     """
-    summary = summarise(system)
     searches, findings = read_searches(system.folder)
     baselines, more = read_baselines(system.folder)
     costs = tuple(cost_of(task, searches) for task in dict.fromkeys(search.task for search in searches))
+    # Whoever publishes and collects garbage meanwhile takes nothing away between one look and the next.
+    with system.reading():
+        summary, structure = summarise(system), structure_of(system, searches)
+        records = system.tasks()
+    strangers = [base for base in baselines if _is_of_other_data(base, records)]
+    baselines = [base for base in baselines if base not in strangers]
+    more += [f"the baseline {base.method} of {base.task} had other data than the search; it is left out" for base in strangers]
     return Content(
         summary=summary,
         standings=tuple(rank(summary.tasks, baselines)),
         methods=tuple(compare(summary.tasks, baselines, costs)),
         baselines=tuple(baselines),
-        structure=structure_of(system, searches),
+        structure=structure,
         searches=tuple(searches),
         payoffs=tuple(payoffs(searches)),
         costs=costs,
         findings=(*findings, *more),
     )
+
+
+def _is_of_other_data(baseline: Baseline, records: Mapping[str, TaskRecord]) -> bool:
+    """Whether a baseline cannot be compared with what the search of its task made."""
+    record = records.get(baseline.task)
+    return record is not None and baseline.data_fingerprint not in (None, record.data_fingerprint)
 
 
 def rank(tasks: Iterable[TaskSummary], baselines: Sequence[Baseline]) -> list[Standing]:
@@ -217,6 +231,7 @@ def cost_of(task: str, searches: Iterable[Search]) -> TaskCost:
         num_children=len(children),
         num_survived=sum(child.survived for child in children),
         num_diverged=sum(child.diverged for child in children),
+        num_stopped_early=sum(child.stopped_early for child in children),
         num_trained_images=sum(child.num_trained_images for child in children),
         flops=sum(child.flops for child in children),
         train_seconds=sum(child.train_seconds for child in children),

@@ -185,7 +185,8 @@ def _sections(content: Content, drawn: Sequence[Drawn]) -> Iterable[_Section]:
         "cost",
         "Cost",
         "All rounds together. Other time is what was neither training nor validation nor examination; of a search that was resumed it is "
-        "not known. A multiply-add counts as two operations. Diverged: losses or weights were not finite; such a child scores nothing.",
+        "not known. A multiply-add counts as two operations. Diverged: losses or weights were not finite; such a child scores nothing. "
+        "Stopped early: it could not beat its parent any more.",
         [table for table in (_costs(content),) if table.rows],
         figures("cost"),
     )
@@ -273,6 +274,7 @@ def _costs(content: Content) -> _Table:
         "children",
         "survived",
         "diverged",
+        "stopped early",
         "images",
         "operations",
         "train",
@@ -287,6 +289,7 @@ def _costs(content: Content) -> _Table:
             str(cost.num_children),
             str(cost.num_survived),
             str(cost.num_diverged),
+            str(cost.num_stopped_early),
             in_units(cost.num_trained_images),
             in_units(cost.flops),
             in_time(cost.train_seconds),

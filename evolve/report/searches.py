@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evolve.errors import EvolveError
-from evolve.journal import Record, child_records, read_journal
+from evolve.journal import Record, child_records, read_journal, search_journals
+from evolve.outcomes import Outcomes
 
 ROOT = "root"
 """What a parent or trainer is called that is the root; no task's path is ever compared with it, only ids are."""
@@ -33,6 +34,7 @@ class Child:
         parent_score: of a parent of its own task, else None: children of seeds always survive.
         survived: whether it joined the population.
         diverged: whether its training ended with losses or weights that were not finite.
+        stopped_early: whether it could not beat its parent any more and was trained no further, see evolve.judgement.
         accounted_parameters: as if it were its task's current path.
         num_trained_images: counted with repetition.
         flops: of training and validation.
@@ -54,6 +56,7 @@ class Child:
     parent_score: float | None
     survived: bool
     diverged: bool
+    stopped_early: bool
     accounted_parameters: float
     num_trained_images: int
     flops: float
@@ -131,26 +134,17 @@ class Search:
         return sum(child.diverged for child in self.children)
 
     @property
+    def num_stopped_early(self) -> int:
+        """Children that could not beat their parent any more and were trained no further."""
+        return sum(child.stopped_early for child in self.children)
+
+    @property
     def other_seconds(self) -> float | None:
         """Wall time that was neither training nor validation nor examination; None if it cannot be told: unfinished or resumed."""
         if self.end is None:
             return None
         rest = self.end.wall_seconds - self.end.examine_seconds - sum(child.seconds for child in self.children)
         return rest if rest >= 0 else None
-
-
-def journal_files(folder: pathlib.Path, pattern: str = "journal/*-????") -> list[pathlib.Path]:
-    """Returns the journals of a system's searches, in ascending order of name; none if there is no folder of them.
-
-    A closed journal may be compressed; one that is being compressed lies there in both forms, and the plain one is returned.
-
-    Args:
-        folder: of the system.
-        pattern: of other journals than those of searches, without what their names end in.
-    """
-    found = {file.with_suffix(""): file for file in folder.glob(f"{pattern}.jsonl.gz")}
-    found |= {file: file for file in folder.glob(f"{pattern}.jsonl")}
-    return [found[file] for file in sorted(found)]
 
 
 def read_searches(folder: pathlib.Path) -> tuple[list[Search], list[str]]:
@@ -160,7 +154,7 @@ def read_searches(folder: pathlib.Path) -> tuple[list[Search], list[str]]:
         folder: of the system.
     """
     searches, findings = [], []
-    for file in journal_files(folder):
+    for place, file in search_journals(folder).items():
         try:
             search = parse_search(read_journal(file))
         except EvolveError as error:
@@ -168,7 +162,7 @@ def read_searches(folder: pathlib.Path) -> tuple[list[Search], list[str]]:
             continue
         if search is None:
             continue
-        if file.name.partition(".")[0] != f"{search.task}-{search.round + 1:04d}":
+        if place != (search.task, search.round):
             findings.append(f"found the journal of round {search.round + 1} of {search.task!r} in {file}; it is left out")
             continue
         searches.append(search)
@@ -225,6 +219,7 @@ def _child(
     origins: Mapping[tuple[int, int], Sequence[str]],
 ) -> Child:
     kinds = origins[generation, came["index"]]
+    outcome = Outcomes.of_one(came)
     return Child(
         number=number,
         generation=generation,
@@ -238,9 +233,9 @@ def _child(
         quality=came["quality"],
         score=came["score"],
         parent_score=came["parent_score"],
-        survived=came["survived"],
-        # A trainer answers quality 0 from the interval on in which a child diverged, see Trainer.train.
-        diverged=bool(came.get("diverged", "stopped_after" not in came and came["interval_qualities"][-1:] == [0.0])),
+        survived=bool(outcome.survived),
+        diverged=bool(outcome.diverged),
+        stopped_early=bool(outcome.stopped_early),
         accounted_parameters=came["accounted_parameters"],
         num_trained_images=came["num_trained_images"],
         flops=came["flops"],

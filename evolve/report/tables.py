@@ -89,6 +89,7 @@ def _search(search: Search) -> dict[str, Any]:
         "num_children": len(search.children),
         "num_survived": search.num_survived,
         "num_diverged": search.num_diverged,
+        "num_stopped_early": search.num_stopped_early,
         "quality": end.quality if end else best.quality if best else None,
         "score": end.score if end else best.score if best else None,
         "test_accuracy": end.test_accuracy if end else None,
@@ -119,6 +120,7 @@ def _children(content: Content) -> Table:
             "parent_score": child.parent_score,
             "survived": child.survived,
             "diverged": child.diverged,
+            "stopped_early": child.stopped_early,
             "is_current": search.end is not None and child.path_id == search.end.path_id,
             "accounted_parameters": child.accounted_parameters,
             "num_trained_images": child.num_trained_images,
@@ -133,13 +135,14 @@ def _children(content: Content) -> Table:
 
 
 _COST = (
-    *("task", "num_searches", "num_children", "num_survived", "num_diverged", "num_trained_images", "flops"),
+    *("task", "num_searches", "num_children", "num_survived", "num_diverged", "num_stopped_early"),
+    *("num_trained_images", "flops"),
     *("train_seconds", "evaluate_seconds", "examine_seconds", "other_seconds"),
 )
 _METHOD = (*("method", "num_tasks", "accuracy", "margin", "accounted_parameters", "num_trained_images", "flops", "seconds"),)
 _BASELINE = (
     *("method", "task", "quality", "test_accuracy", "accounted_parameters", "num_trained_images", "flops"),
-    *("train_seconds", "evaluate_seconds", "wall_seconds"),
+    *("train_seconds", "evaluate_seconds", "wall_seconds", "num_diverged"),
 )
 
 _TABLES: Mapping[str, Callable[[Content], Table]] = {

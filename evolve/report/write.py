@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 
 from evolve.errors import SystemFolderError
@@ -19,7 +20,7 @@ PAGE = "report.html"
 """Name of the page in the folder of a report."""
 
 
-def write_report(system: System, out: pathlib.Path) -> Content:
+def write_report(system: System, out: str | os.PathLike[str]) -> Content:
     """Writes report.html, report.json, tables/*.csv and figures/*.svg and *.png into a folder; files of an earlier report are replaced.
 
     Args:
@@ -33,7 +34,7 @@ def write_report(system: System, out: pathlib.Path) -> Content:
         DamagedError: a current path or one of its layers is missing or altered.
         SystemFolderError: the folder cannot be written.
     """
-    content = read_content(system)
+    folder, content = pathlib.Path(out), read_content(system)
     files: dict[str, bytes] = {"report.json": to_json(content, system).encode()}
     for name, table in tables(content).items():
         files[f"tables/{name}.csv"] = to_csv(table).encode()
@@ -47,9 +48,9 @@ def write_report(system: System, out: pathlib.Path) -> Content:
     files[PAGE] = to_html(content, system.folder.resolve().name, system.root_source, drawn).encode()
     try:
         for file, data in files.items():
-            write_atomically(out / file, data)
+            write_atomically(folder / file, data)
     except OSError as error:
-        raise SystemFolderError(f"could not write in {out} ({error.strerror})", "a writable folder with free space") from error
+        raise SystemFolderError(f"could not write in {folder} ({error.strerror})", "a writable folder with free space") from error
     return content
 
 

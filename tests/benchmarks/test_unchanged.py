@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.unchanged import closed_searches, difference
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
+from evolve.journal import compress_journal
 from evolve.search import SearchPlan, run_rounds
 from evolve.store import System
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, tiny_root
@@ -25,6 +26,8 @@ def test_searches_come_in_the_order_in_which_they_were_closed(tmp_path):
     observer = QuietObserver()
     tasks = [(ActiveTask(name, ("a", "b"), 20, f"f-{name}"), FakeTrainer) for name in ("two", "one", "three")]
     run_rounds(system, tasks, plan, observer)
+    # As `munet-evolve gc` does it.
+    compress_journal(system.journal_file("one", 0))
     replayed = list(closed_searches(system))
     assert [record.name for record in replayed] == ["two", "one", "three"] * 2
     assert [record.path_id for record in replayed] == observer.closed

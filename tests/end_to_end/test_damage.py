@@ -254,6 +254,7 @@ def test_gc_without_delete_says_what_it_would_do(commands, experiment, folder):
     assert would["deleted"] is False
     status, said = commands.run("gc", "--system", folder, "--delete")
     assert said.splitlines()[-1] == f"freed {would['num_bytes']:,} bytes"
+    assert "1 journal compressed: " in said
     assert commands.run("gc", "--system", folder)[1].splitlines()[-1] == "would free 0 bytes; --delete does it"
     assert "found no system" in _error(commands, "gc", "--system", folder / "nowhere")
 

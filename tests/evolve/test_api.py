@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import evolve
+from evolve.api import prepare
 from evolve.errors import DataError, SettingsError, TrainerError
 from evolve.generation import PackResult
 from evolve.root import save_root
@@ -170,3 +171,16 @@ def test_the_experiments_tasks_are_chosen_by_name(tmp_path):
     with pytest.raises(SettingsError, match="did you mean 'digits'"):
         evolve.run(experiment, tmp_path / "system", tasks=["digit"])
     assert not (tmp_path / "system").exists()
+
+
+def test_no_tasks_are_none_and_not_all(tmp_path):
+    experiment = evolve.Experiment(tasks=(evolve.DigitsTask(name="digits", source="digits"),))
+    prepared = prepare(experiment, tmp_path / "system", tasks=[])
+    assert prepared.data == ()
+    assert evolve.run(experiment, tmp_path / "system", tasks=[]).tasks() == {}
+
+
+def test_folders_may_be_strings(tmp_path):
+    made = evolve.System.create(str(tmp_path / "system"), tiny_root(), 32)
+    evolve.write_report(made, str(tmp_path / "report"))
+    assert (tmp_path / "report" / "report.html").is_file()

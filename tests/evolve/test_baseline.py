@@ -6,15 +6,18 @@ import dataclasses
 import json
 
 import pytest
+import rich.console
 
 from evolve.baseline import BaselinePlan, Method, baseline_file, is_finished, run_baselines
 from evolve.closing import ActiveTask
+from evolve.collecting import collect
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
 from evolve.errors import BusyError, DamagedError, SettingsError
 from evolve.generation import Origin
 from evolve.hyperparameters import Hyperparameters, tunables
-from evolve.journal import read_journal
+from evolve.journal import Journal, read_journal
 from evolve.path import ordered_positions
+from evolve.progress import BaselineListener
 from evolve.search import SearchPlan, run_rounds
 from evolve.store import System
 from evolve.training.one_by_one import OneByOneTrainer
@@ -364,8 +367,51 @@ def test_an_altered_journal_is_named(system):
     _run(system)
     file = baseline_file(system, FINETUNE, "one")
     file.write_text(file.read_text().replace('"quality": 0.', '"quality": 1.'))
-    with pytest.raises(DamagedError, match="altered line 2"):
+    with pytest.raises(DamagedError, match="altered line 2.* a baseline starts over once its file is removed"):
         _run(system)
+
+
+def test_a_compressed_journal_of_other_settings_is_named_as_it_is(system):
+    _run(system)
+    collect(system, delete=True)
+    with pytest.raises(SettingsError, match=r"found a baseline in \S+/finetune/one\.jsonl\.gz begun otherwise"):
+        _is_finished(system, plan=_plan(1))
+
+
+def test_a_journal_is_opened_while_nobody_collects_garbage(system, monkeypatch):
+    class WatchedJournal(Journal):
+        def __init__(self, file):
+            with pytest.raises(_Waits), system.collecting(_wait):
+                pass
+            super().__init__(file)
+
+    monkeypatch.setattr("evolve.baseline.Journal", WatchedJournal)
+    _run(system)
+    assert _is_finished(system)
+
+
+class _Waits(Exception):
+    pass
+
+
+def _wait():
+    raise _Waits
+
+
+def test_replicas_that_diverge_say_so_and_are_not_chosen(system, capsys):
+    class DivergingTrainer(FakeTrainer):
+        def _result(self, plan, child):
+            return dataclasses.replace(super()._result(plan, child), diverged=plan.index != 2, batch_parts=1 + plan.index // 3)
+
+    listener = BaselineListener(rich.console.Console(width=200))
+    trainer = DivergingTrainer(quality=lambda *_: 0.3)
+    run_baselines(system, [(TASK, lambda: trainer)], FINETUNE, BaselinePlan(_plan(), 5), listener)
+    *replicas, closed = _records(system)[1:]
+    assert [(row.get("diverged"), row.get("batch_parts")) for row in replicas] == [
+        *((True, None), (True, None), (None, None), (True, 2))
+    ]
+    assert (closed["replica"], closed["quality"]) == (2, 0.3)
+    assert capsys.readouterr().out.count(", quality 0.0000, diverged, ") == 3
 
 
 def test_the_same_baseline_twice_at_once_is_refused_and_others_are_not(system):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from evolve import cli
 from evolve.export.publish import PublishResult
+from evolve.interruption import Interrupted
 from evolve.root import save_root
 from evolve.store import System
 from evolve.vit import reference_logits
@@ -278,6 +279,17 @@ def test_a_system_is_reported_and_watched(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_system_is_shown_although_a_journal_of_a_closed_search_is_altered(tmp_path, monkeypatch, capsys):
+    system = searched_system(tmp_path / "system", 1, children=8)
+    file = system.journal_file("digits", 0)
+    file.write_bytes(file.read_bytes().replace(b"quality", b"quantity"))
+    assert _main(monkeypatch, "show", "--system", system.folder) == 0
+    said = capsys.readouterr()
+    assert f"{system.tasks()['digits'].quality:.4f}" in said.out
+    assert said.out.endswith("lineage unknown\n")
+    assert said.err.startswith(f"warning: no lineage: found an altered line 3 in {file};")
+
+
 def test_scalars_are_written_on_request(folder, monkeypatch):
     file = _write(folder, SETTINGS + COLOURS)
     assert _main(monkeypatch, "run", file, "--system", folder / "system", "--tensorboard", folder / "scalars") == 0
@@ -352,6 +364,19 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
     assert "search.children_per_task = 600 then and 6 now" in other.stderr
     assert evolve("remove", "--system", folder / "system", "--task", "colours").returncode == 0
     assert evolve("run", file, "--system", folder / "system").returncode == 0
+
+
+@pytest.mark.parametrize("moment", ["prepare", "run_tasks"])
+def test_a_restart_that_was_interrupted_before_it_began_is_still_to_be_done(folder, monkeypatch, capsys, moment):
+    file = _write(folder, SETTINGS + COLOURS)
+
+    def interrupt(*_arguments, **_options):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(f"evolve.api.{moment}", interrupt)
+    assert _main(monkeypatch, "run", file, "--system", folder / "system", "--restart") == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"munet-evolve run {file} --system {folder / 'system'}" + " --restart" * (moment == "prepare"))
 
 
 def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):

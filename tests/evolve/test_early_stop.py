@@ -117,6 +117,12 @@ def test_hopeless_children_stop_and_the_best_is_found_all_the_same(tmp_path):
         (task,) = [task for task in summarise(fast).tasks if task.name == name]
         assert task.outcomes == outcomes
         assert f"{outcomes.stopped_early} children stopped early" in str(outcomes)
+        for planned, row in rows_of(fast, name):
+            if "stopped_after" in row:
+                beaten = f"could no longer exceed quality {planned['quality_to_beat']:.6g}"
+                assert row["reason"] == f"stopped after interval {row['stopped_after']}: {beaten}"
+            else:
+                assert row["survived"] or row["reason"].startswith("score ")
 
 
 def test_every_stop_follows_from_the_journal(tmp_path):

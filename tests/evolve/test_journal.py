@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evolve.errors import DamagedError, SystemFolderError
-from evolve.journal import Journal, read_journal
+from evolve.journal import Journal, read_journal, search_journals
 
 
 def _written(file, count=3):
@@ -72,3 +72,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemFolderError, match="could not write .*expected a writable folder"):
         Journal(tmp_path / "file" / "a.jsonl")
+
+
+def test_journals_are_listed_once_by_task_and_round_and_not_those_set_aside(tmp_path):
+    (tmp_path / "journal" / "removed").mkdir(parents=True)
+    assert search_journals(tmp_path) == {}
+    names = ("a-0001.jsonl", "a-0001.jsonl.gz", "b-0001.jsonl.gz", "a-b-0002.jsonl", "c-10000.jsonl")
+    for name in (*names, ".d-0001.jsonl.x.part", "mine.jsonl", "removed/e-0001.1.jsonl"):
+        (tmp_path / "journal" / name).write_bytes(b"")
+    found = {place: file.name for place, file in search_journals(tmp_path).items()}
+    assert found == {("a", 0): names[0], ("a-b", 1): names[3], ("b", 0): names[2], ("c", 9999): names[4]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pathlib
 import shutil
@@ -10,11 +11,12 @@ import pytest
 
 from evolve.collecting import collect
 from evolve.errors import DamagedError
-from evolve.journal import Journal, read_journal
+from evolve.journal import Journal, compressed_file, read_journal
 from evolve.lineage import lineage_hash, lineage_of
+from evolve.opening import recover_search
 from evolve.store import System
 from tests.support.fake_trainer import FakeTrainer
-from tests.support.searches import evolve_tasks, small_plan
+from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -130,6 +132,30 @@ def test_what_was_set_aside_is_no_part_of_it(whole, tmp_path):
     for file in system.removed_journals():
         file.unlink()
     assert lineage_hash(system) == without
+
+
+def test_a_search_that_was_killed_before_its_first_line_is_no_part_of_it(whole, tmp_path):
+    system = _copy(whole, tmp_path)
+    system.journal_file("c", 0).write_bytes(b"")
+    assert lineage_hash(system) == lineage_hash(whole)
+
+
+def test_what_is_whole_of_a_compressed_journal_is_gone_on_with(whole, tmp_path):
+    with pytest.raises(Killed):
+        evolve_tasks(tmp_path / "system", trainer=MortalTrainer(6))
+    system = System.open(tmp_path / "system")
+    file = system.journal_file("a", 0)
+    lines = file.read_bytes().splitlines(keepends=True)
+    altered = b"".join(lines[:4]) + lines[4].replace(b"score", b"scorn") + b"".join(lines[5:])
+    compressed_file(file).write_bytes(gzip.compress(altered))
+    file.unlink()
+    aside = recover_search(system, "a")
+    assert aside is not None
+    with pytest.raises(DamagedError, match="altered line 5"):
+        read_journal(aside)
+    assert len(read_journal(file)) == 4
+    assert not compressed_file(file).exists()
+    assert lineage_hash(evolve_tasks(system.folder)) == lineage_hash(whole)
 
 
 def test_a_search_that_an_earlier_version_began_goes_on(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import re
 import signal
@@ -13,8 +14,9 @@ import time
 import pytest
 import rich.console
 
+from evolve.collecting import collect
 from evolve.errors import SystemFolderError
-from evolve.watch import Told, Watcher, follow, news, seconds_left, seconds_per_child, view
+from evolve.watch import Told, Watcher, describe, follow, news, seconds_left, seconds_per_child, view
 from tests.support.processes import environment
 from tests.support.reported import make_child, make_search
 from tests.support.searched import searched_system
@@ -95,7 +97,7 @@ def test_a_journal_that_vanishes_between_listing_and_reading_is_nothing(scene, m
     scene.write(5)
     watcher = Watcher(scene.folder)
     gone = scene.folder / "journal" / "nko-0001.jsonl"
-    monkeypatch.setattr("evolve.watch.journal_files", lambda folder: [gone, scene.file])
+    monkeypatch.setattr("evolve.watch.search_journals", lambda folder: {("nko", 0): gone, ("digits", 0): scene.file})
     assert [search.task for search in watcher.poll()] == ["digits"]
     assert watcher.findings == []
 
@@ -111,6 +113,31 @@ def test_an_altered_journal_is_named_until_it_is_mended(scene):
     scene.file.write_bytes(whole)
     assert len(watcher.poll()) == 1
     assert watcher.findings == []
+
+
+def test_searches_stay_in_the_order_in_which_they_closed_when_their_journals_are_compressed(tmp_path):
+    system = searched_system(tmp_path / "system", 3, children=8)
+    for age, task in enumerate(("armenian", "greek", "digits")):
+        os.utime(system.journal_file(task, 0), (1e9 - age, 1e9 - age))
+    watcher = Watcher(system.folder)
+    watcher.poll()
+    assert [search.task for search in watcher.closed] == ["armenian", "greek", "digits"]
+    collect(system, delete=True)
+    assert not system.journal_file("digits", 0).exists()
+    for each in (watcher, Watcher(system.folder)):
+        each.poll()
+        assert [search.task for search in each.closed] == ["armenian", "greek", "digits"]
+
+
+def test_what_became_of_a_child_is_said():
+    fates = {
+        "survived": {},
+        "dropped": {"survived": False},
+        "stopped early": {"survived": False, "stopped_early": True},
+        "diverged": {"diverged": True},
+    }
+    for fate, changes in fates.items():
+        assert f", {fate}, " in describe(make_child(0, **changes))
 
 
 def test_the_last_children_are_shown_with_what_was_changed_and_what_came_of_it(scene):
@@ -207,7 +234,8 @@ def test_on_a_terminal_the_view_is_live(scene):
     assert "\x1b[?25h" in said, "the cursor is shown again"
 
 
-def test_the_command_ends_cleanly_by_an_interrupt(scene):
+@pytest.mark.parametrize(("number", "status", "complaint"), [(signal.SIGINT, 0, ""), (signal.SIGTERM, 143, "interrupted\n")])
+def test_the_command_ends_cleanly_by_an_interrupt(scene, number, status, complaint):
     scene.write(3)
     command = [sys.executable, "-m", "evolve.cli", "watch", "--system", str(scene.folder)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -217,7 +245,7 @@ def test_the_command_ends_cleanly_by_an_interrupt(scene):
         for line in process.stdout:
             if "child 2 of 16" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, complaints = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert complaints == ""
+    assert process.returncode == status
+    assert complaints == complaint

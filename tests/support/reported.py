@@ -36,6 +36,7 @@ def make_child(number: int = 0, **changes: Any) -> Child:
         "parent_score": None,
         "survived": True,
         "diverged": False,
+        "stopped_early": False,
         "accounted_parameters": 10.0,
         "num_trained_images": 100,
         "flops": 1e9,

@@ -35,13 +35,14 @@ class WorkingTrainer(FakeTrainer):
     def _result(self, plan: GenerationPlan, child: ChildPlan) -> ChildResult:
         result = super()._result(plan, child)
         draw = _draw(f"{plan.task}/{plan.index}/{child.index}")
-        qualities = result.interval_qualities
-        if draw < 0.05:
+        qualities, diverged = result.interval_qualities, draw < 0.05
+        if diverged:
             qualities = (qualities[0], qualities[1], 0.0)
         seconds = 2 + 3 * draw
         return dataclasses.replace(
             result,
             interval_qualities=qualities,
+            diverged=diverged,
             num_trained_images=1280,
             flops=1e12 * (1 + draw),
             train_seconds=seconds,
@@ -74,6 +75,7 @@ def searched_system(
     children: int = 16,
     blocks: int = 3,
     scale_factor: float = 1.0,
+    early_stop: bool = False,
     trainer: FakeTrainer | None = None,
 ) -> System:
     """Makes a system in a new folder and evolves tasks in it; the same every time but for its id and the seconds of closing."""
@@ -87,6 +89,7 @@ def searched_system(
         mutation_rate=0.2,
         auto_tune=True,
         scale_factor=scale_factor,
+        early_stop=early_stop,
         max_seeds=3,
     )
     plan = SearchPlan(3, DefaultSettings(), search, TrainingSettings(batch_size=64))
@@ -99,13 +102,16 @@ METHODS = {"finetune": 1.0, "freeze:0": 0.95, "freeze:2": 0.5, "adapters:8": 0.1
 """Methods of baselines, and which share of all parameters each trains."""
 
 
-def add_baseline(system: System, method: str, task: str, *, is_finished: bool = True, **changes: object) -> pathlib.Path:
+def add_baseline(
+    system: System, method: str, task: str, *, is_finished: bool = True, data_fingerprint: str | None = None, **changes: object
+) -> pathlib.Path:
     """Writes the journal that a baseline leaves, and returns it."""
     record = system.tasks()[task]
     folder = method.replace(":", "-")
     file = system.folder / "baselines" / folder / f"{task}.jsonl"
     journal = Journal(file)
-    journal.append("open", {"format": 1, "task": task, "method": method.removesuffix("-tuned")})
+    opened = {"format": 1, "task": task, "method": method.removesuffix("-tuned")}
+    journal.append("open", opened | {"data_fingerprint": data_fingerprint or record.data_fingerprint})
     if is_finished:
         quality = record.quality - 0.1 * _draw(f"{method}/{task}") + 0.02
         path = system.path(record.path_id)

@@ -7,13 +7,15 @@ import pytest
 
 from evolve.journal import Journal, child_records, read_journal
 from evolve.layer import NORM, adapter_position, block_position
+from evolve.outcomes import Outcomes
 from evolve.report.baselines import read_baselines
 from evolve.report.content import SEARCH, compare, cost_of, rank, read_content
 from evolve.report.mutations import payoffs
-from evolve.report.searches import ROOT, journal_files, parse_search, read_searches
+from evolve.report.searches import ROOT, parse_search, read_searches
 from evolve.report.structure import UNKNOWN, arrange, structure_of
 from evolve.report.tables import tables, to_csv
 from evolve.report.tuning import varied
+from tests.support.fake_trainer import FakeTrainer
 from tests.support.reported import make_baseline, make_child, make_content, make_paths, make_search, make_task
 from tests.support.searched import add_baseline, searched_system
 
@@ -88,26 +90,38 @@ def test_journals_that_cannot_be_read_are_findings(system, tmp_path):
     assert parse_search([]) is None
 
 
-def test_journals_of_removed_tasks_are_not_listed(system, tmp_path):
-    (tmp_path / "journal" / "removed").mkdir(parents=True)
-    (tmp_path / "journal" / "removed" / "greek-0001.1.jsonl").write_bytes(b"")
-    assert journal_files(tmp_path) == []
+def test_a_child_that_answers_nothing_rightly_has_not_diverged(tmp_path):
+    system = searched_system(tmp_path / "system", 1, children=8, trainer=FakeTrainer(quality=lambda plan, child: 0.0))
+    content = read_content(system)
+    assert [search.num_diverged for search in content.searches] == [0]
+    assert content.summary.tasks[0].outcomes == Outcomes(trained=8, survived=8)
 
 
-def test_compressed_journals_are_listed_once(tmp_path):
-    (tmp_path / "journal").mkdir()
-    for name in ("a-0001.jsonl", "a-0001.jsonl.gz", "b-0001.jsonl.gz", "c-0001.jsonl", ".d-0001.jsonl.x.part"):
-        (tmp_path / "journal" / name).write_bytes(b"")
-    assert [file.name for file in journal_files(tmp_path)] == ["a-0001.jsonl", "b-0001.jsonl.gz", "c-0001.jsonl"]
+def test_what_became_of_children_is_the_same_in_a_report_as_in_a_summary(tmp_path):
+    system = searched_system(tmp_path / "system", 2, children=32, early_stop=True)
+    content = read_content(system)
+    for task in content.summary.tasks:
+        (search,) = content.searches_of(task.name)
+        (cost,) = (cost for cost in content.costs if cost.task == task.name)
+        for counted in (search, cost):
+            assert counted.num_survived == task.outcomes.survived
+            assert counted.num_diverged == task.outcomes.diverged
+            assert counted.num_stopped_early == task.outcomes.stopped_early
+    assert sum(search.num_stopped_early for search in content.searches) > 0
+    assert sum(search.num_diverged for search in content.searches) > 0
 
 
-def test_a_trainer_that_says_what_diverged_is_believed(system):
-    records = json.loads(json.dumps(read_journal(system.journal_file("digits", 0))))
-    rows = [row for record in records if record["type"] == "pack" for row in record["children"]]
-    for row in rows:
-        row["diverged"] = row is rows[0]
-    search = parse_search(records)
-    assert [child.number for child in search.children if child.diverged] == [0]
+def test_a_system_is_reported_although_a_journal_of_a_closed_search_is_altered(tmp_path):
+    system = searched_system(tmp_path / "system", 2, children=8)
+    file = system.journal_file("digits", 0)
+    file.write_bytes(file.read_bytes().replace(b"quality", b"quantity"))
+    content = read_content(system)
+    outcomes = {task.name: task.outcomes for task in content.summary.tasks}
+    assert outcomes["digits"] is None
+    assert outcomes["greek"].trained == 8
+    assert [search.task for search in content.searches] == ["greek"]
+    assert len(content.findings) == 1
+    assert "altered line" in content.findings[0]
 
 
 def test_other_time_is_unknown_if_it_would_be_less_than_nothing():
@@ -175,6 +189,31 @@ def test_baselines_are_read_and_unfinished_ones_named(system, tmp_path):
     assert len(findings) == 2
     assert "adapters-8" in findings[0]
     assert findings[1] == "the baseline finetune of digits is unfinished; it is left out"
+
+
+def test_a_baseline_of_other_data_is_not_compared_with_the_search(tmp_path):
+    system = searched_system(tmp_path / "system", 1, children=8)
+    for method, fingerprint in (("freeze:2", "f-digits"), ("finetune", "f-other")):
+        add_baseline(system, method, "digits", data_fingerprint=fingerprint)
+    content = read_content(system)
+    assert [base.method for base in content.baselines] == ["freeze:2"]
+    assert content.standings[0].rival.method == "freeze:2"
+    assert content.findings == ("the baseline finetune of digits had other data than the search; it is left out",)
+
+
+def test_garbage_is_not_collected_between_one_look_and_the_next(tmp_path, monkeypatch):
+    system = searched_system(tmp_path / "system", 1, children=8)
+
+    def wait():
+        raise TimeoutError
+
+    def look(*arguments):
+        with pytest.raises(TimeoutError), system.collecting(wait):
+            pass
+        return structure_of(*arguments)
+
+    monkeypatch.setattr("evolve.report.content.structure_of", look)
+    assert read_content(system).structure.tasks == ("digits",)
 
 
 # Structure
