@@ -31,6 +31,8 @@ _TRAINED = (
     *("index", "path_id", "parent_id", "quality", "interval_qualities", "best_interval", "score", "parent_score", "survived"),
     *("accounted_parameters", "layers", "num_trained_images"),
 )
+_STOPPED = tuple(name for name in _TRAINED if name not in ("path_id", "layers", "num_trained_images"))
+"""Of a child that stopped early: what a trainer that did not stop it goes on to compute changes nothing, see decision 10."""
 _CLOSED = ("path_id", "quality", "score", "num_children", "test_accuracy", "examples")
 
 
@@ -77,7 +79,9 @@ def lineage_of(records: Sequence[Record]) -> list[Any]:
                 _chosen(record, _GENERATION) | {"children": [_chosen(child, _PLANNED) for child in record["children"]]}
             )
         elif record["type"] == "pack":
-            trained += [[record["generation"], child["index"], _chosen(child, _TRAINED)] for child in record["children"]]
+            for child in record["children"]:
+                names = _STOPPED if "stopped_after" in child else _TRAINED
+                trained.append([record["generation"], child["index"], _chosen(child, names)])
         elif record["type"] == "close":
             lineage.append(_chosen(record, _CLOSED))
     return [*lineage, sorted(trained, key=lambda row: row[:2])]

@@ -16,6 +16,7 @@ from evolve.generation import ChildPlan, ChildResult, GenerationPlan
 from evolve.journal import Journal, _checksum, child_records, read_journal
 from evolve.judgement import largest_gains
 from evolve.layer import NORM
+from evolve.lineage import lineage_hash
 from evolve.outcomes import Outcomes
 from evolve.search import SearchPlan, run_rounds
 from evolve.specs import adapter_spec, head_spec, new_parameters
@@ -58,7 +59,8 @@ class CurveTrainer(FakeTrainer):
             curve = curve[: generation.stops_after(child, curve)]
         self.num_intervals += len(curve)
         result = super()._result(generation, child)
-        return dataclasses.replace(result, interval_qualities=curve, best_interval=curve.index(max(curve)))
+        best = curve.index(max(curve))
+        return dataclasses.replace(result, interval_qualities=curve, best_interval=best, num_trained_images=400 * len(curve))
 
 
 class Killed(Exception):
@@ -181,6 +183,7 @@ def test_a_trainer_that_trains_on_changes_no_decision_even_if_the_child_wins_in_
             assert row["interval_qualities"] == [0.1]
     strip = [[dataclasses.replace(record, settings={}) for record in system.tasks().values()] for system in ends]
     assert strip[0] == strip[1]
+    assert lineage_hash(ends[0]) == lineage_hash(ends[1])
 
 
 @pytest.mark.parametrize("lives", [1, 4, 6, 13, 31, 33, 50])
