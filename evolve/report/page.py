@@ -147,8 +147,8 @@ def _sections(content: Content, drawn: Sequence[Drawn]) -> Iterable[_Section]:
     yield _Section(
         "accuracy",
         "Accuracy and parameters",
-        "Up is better, left is cheaper. Baselines, where there are any, had as many training steps as the whole search of the task, if they "
-        "were run with its settings; hollow ones were tuned. A point whose name has no room has none: the tables name them all.",
+        "Up is better, left is cheaper. Baselines, where there are any, had as many training steps as the whole search of the task, if "
+        "they were run with its settings; hollow ones were tuned. A point whose name has no room has none: the tables name them all.",
         figures=figures("accuracy"),
     )
     yield _Section(
