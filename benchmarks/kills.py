@@ -73,7 +73,7 @@ def main() -> None:
             experiment = folder / "smoke.toml"
             experiment.write_text(SMOKE_EXPERIMENT)
         before = live(experiment, folder / "before", None)
-        moments = draw_moments(folder / "before", before, 2 if arguments.smoke else NUM_KILLS, arguments.seed)
+        moments = draw_moments(folder / "before", before, 1 if arguments.smoke else NUM_KILLS, arguments.seed)
         lives = [live(experiment, folder / "killed", moment) for moment in (*moments, None)]
         after = live(experiment, folder / "after", None)
         hashes = {run: lineage_hash(System.open(folder / run)) for run in ("before", "killed", "after")}

@@ -20,7 +20,7 @@ from evolve.interruption import Interrupted
 from evolve.root import save_root
 from evolve.store import System
 from evolve.vit import reference_logits
-from tests.support.processes import environment, evolve
+from tests.support.processes import environment, evolve, heed_interrupts
 from tests.support.searched import add_baseline, searched_system
 from tests.support.system import IMAGE_SIZE, SKETCHES, build_system, random_tensors, root_specs
 
@@ -337,7 +337,7 @@ def test_removing_what_is_not_there_leaves_no_trace(folder, monkeypatch, capsys)
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
-    file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 600") + COLOURS)
+    file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 120") + COLOURS)
     command = [sys.executable, "-m", "evolve.cli", "run", str(file), "--system", str(folder / "system")]
     journal = folder / "system" / "journal" / "colours-0001.jsonl"
     with subprocess.Popen(
@@ -346,8 +346,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # Whoever runs the tests in the background may have told them to ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_interrupts,
     ) as process:
         deadline = time.monotonic() + 60
         while not (journal.exists() and journal.read_text().count('"type": "pack"') > 3):
@@ -361,7 +360,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
     _write(folder, SETTINGS + COLOURS)
     other = evolve("run", file, "--system", folder / "system")
     assert other.returncode == 2
-    assert "search.children_per_task = 600 then and 6 now" in other.stderr
+    assert "search.children_per_task = 120 then and 6 now" in other.stderr
     assert evolve("remove", "--system", folder / "system", "--task", "colours").returncode == 0
     assert evolve("run", file, "--system", folder / "system").returncode == 0
 
@@ -472,8 +471,8 @@ def test_a_baseline_needs_a_method(folder, monkeypatch, capsys):
 
 
 def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder):
-    settings = SETTINGS.replace("generation_size = 3", "generation_size = 100").replace(
-        "children_per_task = 6", "children_per_task = 100"
+    settings = SETTINGS.replace("generation_size = 3", "generation_size = 40").replace(
+        "children_per_task = 6", "children_per_task = 40"
     )
     file = _write(folder, settings + COLOURS)
     command = ("baseline", file, "--system", folder / "system", "--method", "freeze:2")
@@ -484,6 +483,7 @@ def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     ) as process:
         deadline = time.monotonic() + 60
         while not (journal.exists() and journal.read_text().count('"type": "pack"') > 3):
@@ -497,7 +497,7 @@ def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder):
     result = evolve(*command)
     assert result.returncode == 0
     assert "going on after" in result.stdout
-    assert journal.read_text().count('"type": "pack"') == 100
+    assert journal.read_text().count('"type": "pack"') == 40
     assert "colours: freeze:2, quality" in result.stdout
 
 

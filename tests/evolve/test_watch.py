@@ -17,7 +17,7 @@ import rich.console
 from evolve.collecting import collect
 from evolve.errors import SystemFolderError
 from evolve.watch import Told, Watcher, describe, follow, news, seconds_left, seconds_per_child, view
-from tests.support.processes import environment
+from tests.support.processes import environment, heed_interrupts
 from tests.support.reported import make_child, make_search
 from tests.support.searched import searched_system
 
@@ -238,7 +238,9 @@ def test_on_a_terminal_the_view_is_live(scene):
 def test_the_command_ends_cleanly_by_an_interrupt(scene, number, status, complaint):
     scene.write(3)
     command = [sys.executable, "-m", "evolve.cli", "watch", "--system", str(scene.folder)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         assert process.stdout is not None
         assert "under way" in process.stdout.readline()
         scene.write(4)

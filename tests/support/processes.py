@@ -28,6 +28,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(TOP), "COLUMNS": "200"}
 
 
+def heed_interrupts() -> None:
+    """For `preexec_fn`: whoever runs the tests in the background may have told them, and whatever they start, to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _run(module: str, arguments: tuple[str | pathlib.Path, ...], timeout_seconds: float) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_seconds, check=False)
