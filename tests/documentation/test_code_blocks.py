@@ -5,8 +5,6 @@ from __future__ import annotations
 import pathlib
 import re
 import tomllib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import get_args
 
 import datasets
@@ -83,23 +81,15 @@ def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path) -> None:
             stranger.run(block)
 
 
-@pytest.fixture(scope="module")
-def walks(hub_cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
-    """Every page is being walked, each in a folder of its own, two at a time: most of what they do is waiting for processes."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("converted"))
-        top = tmp_path_factory.mktemp("strangers")
-        longest_first = sorted(STORIES, key=lambda page: -len(_read(page)) * ("```sh" in _read(page)))
-        yield {page: pool.submit(_walk, page, top / page.replace("/", "-"), hub_cache) for page in longest_first}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", STORIES)
-def test_the_blocks_of_a_page_run(page: str, walks: dict[str, Future[None]]) -> None:
-    walks[page].result()
+@pytest.mark.parametrize("page", sorted(STORIES, key=lambda page: -len(_read(page)) * ("```sh" in _read(page))))
+def test_the_blocks_of_a_page_run(
+    page: str, hub_cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "converted")
+    _walk(page, tmp_path / "stranger", hub_cache)
 
 
 # What must not slip through
