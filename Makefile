@@ -25,7 +25,7 @@ demo: $(READY) ## Evolve, publish, serve and hot-reload four small tasks (6 minu
 	@$(BIN)/python -m demo
 
 test: $(READY) ## Run every test that needs no GPU
-	@$(BIN)/python -m pytest -q -m "not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal
 
 check: $(READY) ## Format, lint, types, import contracts, generated code
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
