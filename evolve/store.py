@@ -434,15 +434,7 @@ class System:
         Raises:
             BusyError: another process holds it.
         """
-        try:
-            lock = self._lock(f"task-{task}", wait=False)
-        except BlockingIOError:
-            raise BusyError(
-                f"found another process at work on task {task!r} of {self.folder}",
-                "one at a time",
-                "wait until it ends; other tasks can be evolved meanwhile, each with --task",
-            ) from None
-        with lock:
+        with self._held(f"task-{task}", f"task {task!r}", "other tasks can be evolved meanwhile, each with --task"):
             yield
 
     @contextlib.contextmanager
@@ -456,13 +448,18 @@ class System:
         Raises:
             BusyError: another process holds it.
         """
+        what = f"the baseline {baseline} of task {task!r}"
+        with self._held(f"baseline-{baseline}-{task}", what, "other tasks and methods can be run meanwhile"):
+            yield
+
+    @contextlib.contextmanager
+    def _held(self, name: str, what: str, meanwhile: str) -> Iterator[None]:
+        """Holds a lock that one process may have at a time, or raises BusyError."""
         try:
-            lock = self._lock(f"baseline-{baseline}-{task}", wait=False)
+            lock = self._lock(name, wait=False)
         except BlockingIOError:
             raise BusyError(
-                f"found another process at work on the baseline {baseline} of task {task!r} of {self.folder}",
-                "one at a time",
-                "wait until it ends; other tasks and methods can be run meanwhile",
+                f"found another process at work on {what} of {self.folder}", "one at a time", f"wait until it ends; {meanwhile}"
             ) from None
         with lock:
             yield

@@ -181,7 +181,7 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> int:
     if figure is None or not isinstance(figure.canvas, FigureCanvasAgg):
         raise ValueError("found axes of no figure of `new_figure`, expected some that stand in one")
     settle(figure)
-    renderer = figure.canvas.get_renderer()  # type: ignore[no-untyped-call]
+    renderer = figure.canvas.get_renderer()  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
     frame = axes.get_window_extent(renderer)
     points = [axes.transData.transform((x, y)) for x, y, _ in labels]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in points]

@@ -58,6 +58,7 @@ def in_parts_that_fit(compute: Callable[[int], T], make_room: Callable[[], None]
         try:
             return compute(parts)
         except Exception as error:
+            # Torch, CUDA and Python share no class for it; whatever else it is goes on its way.
             if not is_memory_shortage(error):
                 raise
             shortage = str(error).partition("\n")[0] or type(error).__name__

@@ -64,7 +64,7 @@ def test_the_best_baseline_is_the_one_on_the_first_seed() -> None:
     rows = rows_of(RUNS)
 
     def name(**wanted: object) -> str | None:
-        best = best_of(rows, **wanted)  # type: ignore[arg-type]
+        best = best_of(rows, **wanted)
         return best.method if best else None
 
     assert name(tuned=False) == "finetune"

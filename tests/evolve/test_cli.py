@@ -336,12 +336,10 @@ def test_removing_what_is_not_there_leaves_no_trace(folder, monkeypatch, capsys)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
-    file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 120") + COLOURS)
-    command = [sys.executable, "-m", "evolve.cli", "run", str(file), "--system", str(folder / "system")]
-    journal = folder / "system" / "journal" / "colours-0001.jsonl"
+def _interrupt(command, journal):
+    """Starts a command and ends it by SIGINT once its journal has four packs."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "evolve.cli", *map(str, command)],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -357,6 +355,13 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
     assert process.returncode == 130
     assert "the same command goes on from here" in errors
     assert "Traceback" not in errors
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
+    file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 120") + COLOURS)
+    command = ("run", file, "--system", folder / "system")
+    journal = folder / "system" / "journal" / "colours-0001.jsonl"
+    _interrupt(command, journal)
     _write(folder, SETTINGS + COLOURS)
     other = evolve("run", file, "--system", folder / "system")
     assert other.returncode == 2
@@ -477,23 +482,7 @@ def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder):
     file = _write(folder, settings + COLOURS)
     command = ("baseline", file, "--system", folder / "system", "--method", "freeze:2")
     journal = folder / "system" / "baselines" / "freeze-2" / "colours.jsonl"
-    with subprocess.Popen(
-        [sys.executable, "-m", "evolve.cli", *map(str, command)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and journal.read_text().count('"type": "pack"') > 3):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on from here" in errors
-    assert "Traceback" not in errors
+    _interrupt(command, journal)
     result = evolve(*command)
     assert result.returncode == 0
     assert "going on after" in result.stdout

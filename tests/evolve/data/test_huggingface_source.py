@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,8 +20,6 @@ from evolve.data.load import load_task
 from evolve.data.task import ImageSet, LazyImages, TaskData
 from evolve.errors import DataError, EvolveError
 from tests.support.published import pixels, png, png_of_no_size, write_parquet
-
-datasets = pytest.importorskip("datasets")
 
 # The library leaves tables of metadata open, until they are collected: here, at the end of each test.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
