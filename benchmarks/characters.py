@@ -4,7 +4,7 @@
 
 Tasks, splits and distortion are those of evolve/recipes/characters.toml; benchmarks/settings/ says how long everything trains. Runs, each
 a `munet-evolve` process of its own: the search (with auto-tune), the same with scale control, full fine-tuning, `freeze:0` to `freeze:3`,
-`adapters:8`, `:32` and `:128`, and tuned baselines. Every seed: both searches, fine-tuning, the best of each other family and the best
+`adapters:8`, `:32` and `:128`, and tuned baselines. Every seed: both searches, fine-tuning, the best of each other kind and the best
 tuned baselines; the first seed alone: the rest. Whole comparisons come early.
 
 It may be stopped at any moment, and `--minutes` stops it cleanly: the same command goes on where it was. What is there by then is reported,
@@ -12,7 +12,7 @@ and what is missing is named. `--workers` runs train at once, each with the thre
 each other.
 
 Q1  mean test accuracy of the search minus that of full fine-tuning, in points, over the seeds that both have; `Q1 others` is the
-    least margin over a baseline of another family, with the default hyperparameters.
+    least margin over a baseline of another kind, with the default hyperparameters.
 Q2  accounted parameters per task over those of full fine-tuning; `Q2 scaled` with scale control, `Q2 scaled loss` its margin over
     fine-tuning.
 Q8  mean test accuracy minus that of the best tuned baseline: random search over learning rate, warm-up and augmentation.
@@ -41,13 +41,14 @@ from benchmarks.comparison import FINETUNE, SCALED, SEARCH, TUNED, Run, TaskOutc
 from benchmarks.reporting import TOP, Report, add_arguments
 from evolve.config import Experiment, Settings, load_settings
 from evolve.journal import child_records, read_journal
+from evolve.report.baselines import read_baselines
 from evolve.store import System
 from evolve.summary import summarise
 
 RECIPE = TOP / "evolve" / "recipes" / "characters.toml"
 SETTINGS = pathlib.Path(__file__).parent / "settings"
 WORK = TOP / ".benchmarks"
-FAMILIES: Mapping[str, tuple[str, ...]] = {
+KINDS: Mapping[str, tuple[str, ...]] = {
     "freeze": ("freeze:0", "freeze:1", "freeze:2", "freeze:3"),
     "adapters": ("adapters:8", "adapters:32", "adapters:128"),
 }
@@ -62,7 +63,7 @@ class BenchmarkSettings(Settings):
         scale_factor: of the search with scale control.
         tasks: only these; all by default.
         tuned_replicas: draws of a tuned baseline, which share the steps of the search.
-        families: which baselines beside fine-tuning; all by default.
+        kinds: which baselines beside fine-tuning; all by default.
         search: settings of the search that differ from the recipe's.
         training: settings of training that differ from the recipe's.
     """
@@ -71,7 +72,7 @@ class BenchmarkSettings(Settings):
     scale_factor: float
     tuned_replicas: int
     tasks: tuple[str, ...] | None = None
-    families: tuple[str, ...] = tuple(FAMILIES)
+    kinds: tuple[str, ...] = tuple(KINDS)
     search: dict[str, Any]
     training: dict[str, Any]
 
@@ -158,26 +159,25 @@ class Benchmark:
             )
 
     def _trained(self, folder: pathlib.Path, job: Job) -> Iterator[TaskOutcome]:
-        kept = folder / "baselines" / job.method.replace(":", "-").replace(" ", "-")
-        for name in self.tasks:
-            for record in read_journal(kept / f"{name}.jsonl"):
-                if record["type"] == "close":
-                    yield TaskOutcome(
-                        task=name,
-                        quality=record["quality"],
-                        test_accuracy=record["test_accuracy"],
-                        accounted_parameters=record["accounted_parameters"],
-                        num_trained_images=record["num_trained_images"],
-                        flops=record["flops"],
-                        seconds=record["seconds"]["train"] + record["seconds"]["evaluate"],
-                    )
+        baselines, _ = read_baselines(folder)
+        finished = {base.task: base for base in baselines if base.method == job.method}
+        for base in (finished[name] for name in self.tasks if name in finished):
+            yield TaskOutcome(
+                task=base.task,
+                quality=base.quality,
+                test_accuracy=base.test_accuracy or 0.0,
+                accounted_parameters=base.accounted_parameters,
+                num_trained_images=base.num_trained_images,
+                flops=base.flops,
+                seconds=base.train_seconds + base.evaluate_seconds,
+            )
 
     # Order
 
     def jobs(self) -> list[Job]:
         """Returns all jobs that are known by now, in order. Which baselines every seed runs is known when the first seed's are there."""
-        families = [FAMILIES[name] for name in self.settings.families]
-        every = [method for family in families for method in family]
+        kinds = [KINDS[name] for name in self.settings.kinds]
+        every = [method for kind in kinds for method in kind]
         first = [method for method in FIRST if method in (SEARCH, SCALED, FINETUNE) or method in every]
         later = range(1, self.settings.seeds)
         jobs = [Job(method, 0) for method in first]
@@ -186,7 +186,7 @@ class Benchmark:
         runs = [self.run_of(job) for job in jobs if job.seed == 0]
         if not all(run.is_complete for run in runs):
             return jobs
-        chosen = [best.method for name in self.settings.families if (best := best_of(rows_of(runs), tuned=False, family=name))]
+        chosen = [best.method for name in self.settings.kinds if (best := best_of(rows_of(runs), tuned=False, kind=name))]
         jobs += [Job(method + TUNED, 0) for method in chosen]
         jobs += [Job(method, seed) for seed in later for method in (*chosen, FINETUNE + TUNED)]
         runs = [self.run_of(job) for job in jobs if job.seed == 0]

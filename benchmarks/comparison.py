@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.reporting import Target, rounded
 
 SEARCH, SCALED, FINETUNE = "search", "search scaled", "finetune"
-TUNED = " tuned"
+TUNED = " (tuned)"
 """What the names of tuned baselines end with."""
 
 
@@ -163,7 +163,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
     ]
 
 
-def best_of(rows: Iterable[Row], *, tuned: bool, family: str = "") -> Row | None:
+def best_of(rows: Iterable[Row], *, tuned: bool, kind: str = "") -> Row | None:
     """Returns the baseline of the best mean test accuracy on the first seed, where every method has run; None if there is none.
 
     Chosen on the test images, which can only help the baseline.
@@ -171,12 +171,12 @@ def best_of(rows: Iterable[Row], *, tuned: bool, family: str = "") -> Row | None
     Args:
         rows: of all methods.
         tuned: whether tuned baselines are meant, or those with the default hyperparameters.
-        family: what its name begins with.
+        kind: what its name begins with.
     """
     baselines = [
         row
         for row in rows
-        if row.method not in (SEARCH, SCALED) and row.method.endswith(TUNED) == tuned and row.method.startswith(family)
+        if row.method not in (SEARCH, SCALED) and row.method.endswith(TUNED) == tuned and row.method.startswith(kind)
     ]
     return max(baselines, key=lambda row: row.runs[0].test_accuracy, default=None)
 

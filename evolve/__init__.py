@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from evolve.search import Observer, SearchPlan, SilentObserver
     from evolve.store import System
     from evolve.summary import summarise
+    from evolve.verification import verify
 
 _HOMES = {
     "evolve.api": (
@@ -73,6 +74,7 @@ _HOMES = {
     "evolve.search": ("Observer", "SearchPlan", "SilentObserver"),
     "evolve.store": ("System",),
     "evolve.summary": ("summarise",),
+    "evolve.verification": ("verify",),
 }
 """Where each name lives."""
 
@@ -116,6 +118,7 @@ __all__ = [
     "run_baselines",
     "run_tasks",
     "summarise",
+    "verify",
     "write_report",
 ]
 

@@ -13,9 +13,9 @@ import pathlib
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from evolve.baseline import BaselinePlan, Listener, Method, SilentListener
+from evolve.baseline import BaselineObserver, BaselinePlan, Method, SilentBaselineObserver
 from evolve.baseline import run_baselines as run_active_baselines
 from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TrainingSettings, load_settings
@@ -24,6 +24,7 @@ from evolve.errors import DataError, SettingsError, SystemFolderError
 from evolve.export.settings import Precision, Target
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED, LayerKind
+from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.search import Observer, SearchPlan, SilentObserver, check_image_size, run_rounds
 from evolve.store import System
 from munet.names import check_task_name, similar_names
@@ -76,6 +77,12 @@ class Prepared:
     private: frozenset[str]
 
 
+Unfinished = Literal["continue", "restart", "recover"]
+"""What becomes of the rounds of tasks that an earlier run left unfinished. `continue`: they go on after the last finished children.
+`restart`: they start over, their journals are kept in journal/removed. `recover`: they go on from what is whole of a journal that was
+altered; a copy of it is kept."""
+
+
 def load_experiment(file: AnyPath) -> Experiment:
     """Reads an experiment from a TOML file; relative paths in it are taken from the file's folder.
 
@@ -108,7 +115,7 @@ def prepare(
     *,
     tasks: Collection[str] | None = None,
     loading: LoadingObserver | None = None,
-    is_pending: Callable[[System, str], bool] | None = None,
+    is_pending: Callable[[System, str], bool],
     check_root: Callable[[int], None] = lambda _num_blocks: None,
 ) -> Prepared:
     """Loads root and data, then opens or makes the system: what is wrong shows before anything is written.
@@ -118,8 +125,7 @@ def prepare(
         folder: of the system.
         tasks: names of the experiment's tasks to run; all by default.
         loading: told how it goes.
-        is_pending: tells, before any data are loaded, whether a task of a system that is there has something to do; by default
-            whether it has fewer rounds than the experiment wants.
+        is_pending: tells, before any data are loaded, whether a task of a system that is there has something to do.
         check_root: raises SettingsError if a root of so many blocks will not do.
 
     Raises:
@@ -141,9 +147,8 @@ def prepare(
         root = _load_root(experiment.root)
         check_image_size(root.layers[PATCH_EMBED][0].integer("patch_size"), experiment.defaults.image_size)
         check_root(sum(position.kind is LayerKind.BLOCK for position in root.layers))
-    decide = is_pending or _has_rounds_to_do(experiment.search.rounds)
     # All of them first, for the same reason.
-    pending = [task for task in chosen if system is None or decide(system, task.name)]
+    pending = [task for task in chosen if system is None or is_pending(system, task.name)]
     loaded = []
     for task in pending:
         started = time.monotonic()
@@ -157,11 +162,59 @@ def prepare(
     return Prepared(system, tuple(loaded), frozenset(task.name for task in chosen if task.private))
 
 
+def prepare_search(
+    experiment: Experiment,
+    folder: AnyPath,
+    *,
+    tasks: Collection[str] | None = None,
+    unfinished: Unfinished = "continue",
+    loading: LoadingObserver | None = None,
+    set_aside: Callable[[str, pathlib.Path], None] = lambda _task, _file: None,
+) -> Prepared:
+    """Prepares what `run_tasks` needs. Settings that an unfinished round was not begun with show before any data are loaded.
+
+    Args:
+        experiment: what to run.
+        folder: of the system.
+        tasks: names of the experiment's tasks to run; all by default.
+        unfinished: what becomes of rounds that an earlier run left unfinished.
+        loading: told how it goes.
+        set_aside: told the task and where its journal, or a copy of it, is now, for each that starts over or was mended.
+
+    Raises:
+        EvolveError: see `prepare`, `run_tasks` and evolve.opening.
+    """
+    settings = SearchPlan.of(experiment).to_dict()
+
+    def act(system: System, task: str, how: Callable[[System, str], pathlib.Path | None]) -> None:
+        with system.locks.evolving(task):
+            aside = how(system, task)
+        if aside is not None:
+            set_aside(task, aside)
+
+    def is_pending(system: System, task: str) -> bool:
+        record = system.task(task)
+        if record is not None and record.rounds >= experiment.search.rounds:
+            return False
+        if unfinished == "recover":
+            act(system, task, recover_search)
+        if unfinished != "restart":
+            check_unfinished(system, task, settings)
+        return True
+
+    prepared = prepare(experiment, folder, tasks=tasks, loading=loading, is_pending=is_pending)
+    # Not before the data are there: until then nothing is given up.
+    for data in prepared.data if unfinished == "restart" else ():
+        act(prepared.system, data.name, restart_search)
+    return prepared
+
+
 def run(
     experiment: Experiment,
     folder: AnyPath,
     *,
     tasks: Collection[str] | None = None,
+    unfinished: Unfinished = "continue",
     make_trainer: MakeTrainer | None = None,
     observer: Observer | None = None,
 ) -> System:
@@ -171,13 +224,14 @@ def run(
         experiment: what to run.
         folder: of the system, made if missing.
         tasks: names of the experiment's tasks to evolve; all by default.
+        unfinished: what becomes of rounds that an earlier run left unfinished.
         make_trainer: see `run_tasks`.
         observer: told what happens.
 
     Raises:
-        EvolveError: see `prepare` and `run_tasks`.
+        EvolveError: see `prepare_search` and `run_tasks`.
     """
-    prepared = prepare(experiment, folder, tasks=tasks)
+    prepared = prepare_search(experiment, folder, tasks=tasks, unfinished=unfinished)
     plan = SearchPlan.of(experiment)
     run_tasks(prepared.system, prepared.data, plan, private=prepared.private, make_trainer=make_trainer, observer=observer)
     return prepared.system
@@ -238,7 +292,7 @@ def run_baselines(
     plan: BaselinePlan,
     *,
     make_trainer: MakeTrainer | None = None,
-    listener: Listener | None = None,
+    observer: BaselineObserver | None = None,
 ) -> None:
     """Trains the root on tasks of any origin without a search, as `munet-evolve baseline` does; see evolve.baseline.
 
@@ -248,7 +302,7 @@ def run_baselines(
         method: what is trained, such as `Method.parse("finetune")`.
         plan: how long; it must be the search's that is compared with.
         make_trainer: see `run_tasks`.
-        listener: told what happens.
+        observer: told what happens.
 
     Raises:
         EvolveError: see `run_tasks`.
@@ -256,7 +310,7 @@ def run_baselines(
     listed = list(data)
     _check_own_data(listed)
     make = make_trainer or one_by_one(plan.search.training)
-    run_active_baselines(system, _active(system, listed, make, ()), method, plan, listener or SilentListener())
+    run_active_baselines(system, _active(system, listed, make, ()), method, plan, observer or SilentBaselineObserver())
 
 
 def one_by_one(training: TrainingSettings) -> MakeTrainer:
@@ -309,7 +363,7 @@ def remove_task(system: System, task: str) -> None:
         BusyError: another process is evolving it.
     """
     system.check_known(task)
-    with system.evolving(task), system.publishing():
+    with system.locks.evolving(task), system.locks.publishing():
         system.remove_task(task)
 
 
@@ -387,14 +441,6 @@ def _check_own_data(listed: Sequence[TaskData]) -> None:
         except ValueError as error:
             raise DataError(str(error), "another name") from error
         check(one, f"the data of {one.name}")
-
-
-def _has_rounds_to_do(rounds: int) -> Callable[[System, str], bool]:
-    def decide(system: System, task: str) -> bool:
-        record = system.tasks().get(task)
-        return record is None or record.rounds < rounds
-
-    return decide
 
 
 def _active(

@@ -53,12 +53,12 @@ class Method:
     """What a baseline trains.
 
     Attributes:
-        family: `finetune`, `freeze` or `adapters`.
+        kind: `finetune`, `freeze` or `adapters`.
         number: of frozen blocks, or the width of the adapters; None for `finetune`.
         tuned: whether replicas draw hyperparameters at random.
     """
 
-    family: str
+    kind: str
     number: int | None = None
     tuned: bool = False
 
@@ -69,28 +69,28 @@ class Method:
         Raises:
             SettingsError: there is none of that name.
         """
-        family, colon, number = text.partition(":")
-        if family not in ("finetune", "freeze", "adapters"):
-            similar = similar_names(family, ("finetune", "freeze:K", "adapters:D"))
+        kind, colon, number = text.partition(":")
+        if kind not in ("finetune", "freeze", "adapters"):
+            similar = similar_names(kind, ("finetune", "freeze:K", "adapters:D"))
             raise SettingsError(
                 f"found method {text!r}", _FORMS, f"did you mean {' or '.join(map(repr, similar))}?" if similar else ""
             )
-        if family == "finetune":
+        if kind == "finetune":
             if colon:
                 raise SettingsError(f"found method {text!r}", "finetune without a number: it trains every layer")
-            return Method(family, None, tuned)
+            return Method(kind, None, tuned)
         if not re.fullmatch("[0-9]{1,6}", number):
-            what = "the number of blocks to freeze" if family == "freeze" else "the width of the adapters"
-            raise SettingsError(f"found method {text!r}", f"{family}: followed by {what}, such as {family}:8")
-        method = Method(family, int(number), tuned)
-        if family == "adapters" and not 1 <= int(number) <= MAX_ADAPTER_WIDTH:
+            what = "the number of blocks to freeze" if kind == "freeze" else "the width of the adapters"
+            raise SettingsError(f"found method {text!r}", f"{kind}: followed by {what}, such as {kind}:8")
+        method = Method(kind, int(number), tuned)
+        if kind == "adapters" and not 1 <= int(number) <= MAX_ADAPTER_WIDTH:
             raise SettingsError(f"found method {text!r}", f"adapters of a width from 1 to {MAX_ADAPTER_WIDTH}")
         return method
 
     @property
     def name(self) -> str:
         """As the command line has it, such as `freeze:2`."""
-        return self.family if self.number is None else f"{self.family}:{self.number}"
+        return self.kind if self.number is None else f"{self.kind}:{self.number}"
 
     @property
     def folder(self) -> str:
@@ -106,14 +106,14 @@ class Method:
         Raises:
             SettingsError: more blocks are to be frozen than there are.
         """
-        if self.family == "freeze" and (self.number or 0) > num_blocks:
+        if self.kind == "freeze" and (self.number or 0) > num_blocks:
             raise SettingsError(f"found method {self.name!r}", f"at most freeze:{num_blocks}, the blocks of the root")
 
     def trains(self, position: Position) -> bool:
         """Tells whether it trains the layer at a position."""
-        if self.family == "finetune" or position in (NORM, HEAD):
+        if self.kind == "finetune" or position in (NORM, HEAD):
             return True
-        if self.family == "adapters":
+        if self.kind == "adapters":
             return position.kind is LayerKind.ADAPTER
         return position.block is not None and position.block >= (self.number or 0)
 
@@ -167,7 +167,7 @@ class BaselinePlan:
         }
 
 
-class Listener(Protocol):
+class BaselineObserver(Protocol):
     """Told what happens, for progress a person can follow. Methods return at once and never raise."""
 
     def baseline_opened(self, task: str, method: Method, num_replicas: int, reused: int) -> None:
@@ -180,7 +180,7 @@ class Listener(Protocol):
         """A baseline was tested; `record` is what the journal says of it."""
 
 
-class SilentListener:
+class SilentBaselineObserver:
     """Tells nobody."""
 
     def baseline_opened(self, task: str, method: Method, num_replicas: int, reused: int) -> None:
@@ -220,7 +220,7 @@ def run_baselines(
     tasks: Sequence[tuple[ActiveTask, Callable[[], Trainer]]],
     method: Method,
     plan: BaselinePlan,
-    listener: Listener,
+    observer: BaselineObserver,
 ) -> None:
     """Runs a baseline of every task, or goes on with it; one that is finished is not done again.
 
@@ -229,7 +229,7 @@ def run_baselines(
         tasks: each with a function that makes its trainer when its turn comes.
         method: what is trained.
         plan: of the search that is compared with.
-        listener: told what happens.
+        observer: told what happens.
 
     Raises:
         BusyError: another process is at work on the same baseline.
@@ -238,8 +238,8 @@ def run_baselines(
     """
     method.check(system.root.num_blocks)
     for task, make_trainer in tasks:
-        with system.comparing(method.folder, task.name):
-            _Baseline(system, task, make_trainer(), method, plan, listener).run()
+        with system.locks.comparing(method.folder, task.name):
+            _Baseline(system, task, make_trainer(), method, plan, observer).run()
 
 
 class _Baseline:
@@ -252,19 +252,19 @@ class _Baseline:
         trainer: Trainer,
         method: Method,
         plan: BaselinePlan,
-        listener: Listener,
+        observer: BaselineObserver,
     ) -> None:
         self.system = system
         self.task = task
         self.trainer = trainer
         self.method = method
         self.plan = plan
-        self.listener = listener
+        self.observer = observer
         self.length = TrainingLength.of(plan.search.training, task.num_train_images, plan.intervals)
         # Weights of the best replica that this process trained; those of earlier processes are trained again if they are needed.
         self.kept: ChildResult | None = None
         # A compressed one is unpacked, which a collection that compresses it must not come across.
-        with system.storing():
+        with system.locks.storing():
             self.journal = Journal(baseline_file(system, method, task.name))
 
     def run(self) -> Record:
@@ -275,11 +275,11 @@ class _Baseline:
                 return closed
             done = self.journal.of_type("pack")
             num_replicas = self.plan.num_replicas
-            self.listener.baseline_opened(self.task.name, self.method, num_replicas, len(done))
+            self.observer.baseline_opened(self.task.name, self.method, num_replicas, len(done))
             for replica in range(len(done), num_replicas):
                 self._train_and_write(replica)
             closed = self._close()
-            self.listener.baseline_closed(self.task.name, self.method, closed)
+            self.observer.baseline_closed(self.task.name, self.method, closed)
             return closed
         finally:
             self.journal.close()
@@ -329,7 +329,7 @@ class _Baseline:
         )
         if replica == self._best()["replica"]:
             self.kept = dataclasses.replace(result, index=replica)
-        self.listener.replica_finished(self.task.name, self.method, record)
+        self.observer.replica_finished(self.task.name, self.method, record)
 
     def _best(self) -> Record:
         """Returns the record of the best replica, the earliest on ties."""
@@ -349,7 +349,7 @@ class _Baseline:
     def _hyperparameters(self, names: tuple[object, ...]) -> Hyperparameters:
         root = self.system.root
         hyperparameters = self.plan.search.defaults.hyperparameters(root.num_blocks)
-        if self.method.family == "adapters":
+        if self.method.kind == "adapters":
             hyperparameters = hyperparameters.replace(adapter_width=self.method.number)
         if not self.method.tuned:
             return hyperparameters
@@ -365,7 +365,7 @@ class _Baseline:
     def _plan_child(self, hyperparameters: Hyperparameters, seed: int) -> ChildPlan:
         root = self.system.root
         width, patch_size = (root.layer(PATCH_EMBED).spec.integer(name) for name in ("width", "patch_size"))
-        adapters = range(root.num_blocks) if self.method.family == "adapters" else ()
+        adapters = range(root.num_blocks) if self.method.kind == "adapters" else ()
         layers = []
         for position in ordered_positions(root.num_blocks, adapters):
             if position == HEAD:
@@ -387,7 +387,7 @@ class _Baseline:
         if self.kept is None or self.kept.index != best["replica"]:
             self.kept = self._train(best["replica"])[1]
         # No record refers to these weights: once they are tested, they may be taken for garbage.
-        with self.system.storing():
+        with self.system.locks.storing():
             path = self._store(self.kept, Hyperparameters.from_dict(best["hyperparameters"]), best["seed"])
             test_accuracy = self.trainer.examine(path).test_accuracy
         replicas = self.journal.of_type("pack")

@@ -31,11 +31,11 @@ from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolder
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
-from evolve.opening import check_unfinished, recover_search, restart_search
-from evolve.progress import BaselineListener, ProgressObserver, loading, publishing
+from evolve.progress import BaselineProgressObserver, ProgressObserver, loading, publishing
 from evolve.search import SearchPlan
 from evolve.store import System
 from evolve.summary import SystemSummary, summarise
+from evolve.verification import verify as verify_system
 from evolve.watch import Watcher, follow, view
 
 if TYPE_CHECKING:
@@ -102,20 +102,19 @@ def run(
         if repository is not None:
             console.print(_export(prepared.system, repository, "cpu", checked, console), highlight=False, soft_wrap=True)
 
-    def is_pending(found: System, name: str) -> bool:
-        record = found.tasks().get(name)
-        if record is not None and record.rounds >= settings.search.rounds:
-            return False
-        if recover:
-            _tell_aside(console, found, name, recover_search, "goes on from what is whole")
-        if not restart:
-            check_unfinished(found, name, plan.to_dict())
-        return True
+    def tell_aside(name: str, file: pathlib.Path) -> None:
+        does = "starts over" if restart else "goes on from what is whole"
+        console.print(f"{name}: {does}; the journal it had is {file}", highlight=False, markup=False, soft_wrap=True)
 
     with _saying_how_to_go_on(observer, *scalars) as done_once:
-        prepared = api.prepare(settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending)
-        for data in prepared.data if restart else ():
-            _tell_aside(console, prepared.system, data.name, restart_search, "starts over")
+        prepared = api.prepare_search(
+            settings,
+            system,
+            tasks=task,
+            unfinished="restart" if restart else "recover" if recover else "continue",
+            loading=_Loading(console),
+            set_aside=tell_aside,
+        )
         # With it, what is done from here on would be done over.
         done_once.append("--restart")
         closed = api.run_tasks(
@@ -168,7 +167,7 @@ def baseline(
         prepared = api.prepare(
             settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending, check_root=wanted.check
         )
-        api.run_baselines(prepared.system, prepared.data, wanted, plan, listener=BaselineListener(console))
+        api.run_baselines(prepared.system, prepared.data, wanted, plan, observer=BaselineProgressObserver(console))
     if not prepared.data:
         console.print(f"nothing to do: {wanted} is finished for every task", highlight=False, soft_wrap=True)
 
@@ -246,7 +245,7 @@ def verify(system: SystemFolder) -> None:
     """Hash every layer, path and task again and follow every reference."""
     try:
         opened = System.open(system)
-        findings = opened.verify()
+        findings = verify_system(opened)
     except DamagedError as error:
         # Not even its root can be read: that is a finding like any other.
         findings = [str(error)]
@@ -354,16 +353,6 @@ def _saying_how_to_go_on(*observers: ProgressObserver | TensorBoardObserver) -> 
         raise typer.Exit(signal.status) from None
     finally:
         stop()
-
-
-def _tell_aside(
-    console: rich.console.Console, system: System, task: str, act: Callable[[System, str], pathlib.Path | None], does: str
-) -> None:
-    """Does something with a task's unfinished search that leaves its journal, or a copy of it, elsewhere."""
-    with system.evolving(task):
-        aside = act(system, task)
-    if aside is not None:
-        console.print(f"{task}: {does}; the journal it had is {aside}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _override(settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None) -> Experiment:

@@ -54,7 +54,7 @@ def publish_task(
     Returns:
         The task's new record.
     """
-    with system.publishing():
+    with system.locks.publishing():
         records = system.tasks()
         old = records.pop(task.name, None)
         current = {record.path_id for record in records.values()} | {system.root.id}

@@ -104,7 +104,7 @@ def collect(system: System, *, delete: bool, waits: Callable[[], None] = lambda:
             known, so nothing is removed.
         SystemFolderError: the folder cannot be written, or a journal is of a newer format.
     """
-    with system.collecting(waits):
+    with system.locks.collecting(only_looks=not delete, waits=waits):
         unfinished, closed = _journals(system)
         garbage = list(_find_garbage(system, _named(system, unfinished)))
         if delete:

@@ -27,14 +27,16 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from evolve.errors import DamagedError, SystemFolderError
 from munet.files import make_folder, sync_folder, write_atomically
 
 FORMAT = 1
 """Version of the records."""
+
+T = TypeVar("T")
 
 _COMPRESSED = ".gz"
 _NAME = re.compile(r"(.+)-([0-9]{4,})\.jsonl(?:\.gz)?")
@@ -181,23 +183,28 @@ def compress_journal(file: pathlib.Path, *, write: bool = True) -> int:
     return len(data)
 
 
-def cut_to_whole(file: pathlib.Path) -> list[Record]:
-    """Cuts a journal in front of its first line that is altered or torn, and returns the records that are left.
+def cut_to_whole(file: pathlib.Path, keep: Callable[[], T]) -> T:
+    """Cuts a journal in front of its first line that is altered or torn.
 
     Args:
         file: the plain journal; a compressed one of this name becomes plain.
+        keep: is called before anything is changed, and not at all if nothing can be read.
+
+    Returns:
+        What `keep` returned.
 
     Raises:
         DamagedError: it cannot be read.
         SystemFolderError: a newer format, or the file cannot be written.
     """
-    records, length, _ = _parse_whole(file)
+    _, length, _ = _parse_whole(file)
+    kept = keep()
     try:
         write_atomically(file, _read(file)[:length])
         compressed_file(file).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(file, error) from error
-    return records
+    return kept
 
 
 def child_records(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
@@ -266,7 +273,8 @@ def _read(file: pathlib.Path) -> bytes:
             raise DamagedError(
                 f"could not read {candidate} ({reason})",
                 "a journal that can be read",
-                "restore the file from a copy; nothing else needs the journal of a closed search",
+                "restore the file from a copy; --restart starts the round of an unfinished search over; nothing else needs the journal "
+                "of a closed one",
             ) from error
     return b""
 

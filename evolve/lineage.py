@@ -45,7 +45,7 @@ def lineage_hash(system: System) -> str:
         DamagedError: a path, layer or journal is missing or altered.
         SystemFolderError: a journal is of a newer format.
     """
-    with system.reading():
+    with system.locks.reading():
         records = system.tasks()
         paths = [system.root, *(system.path(record.path_id) for record in records.values())]
         journals = [(journal, read_journal(journal.file)) for journal in system.journals()]

@@ -47,8 +47,8 @@ def open_search(system: System, task: ActiveTask, settings: Mapping[str, Any], t
     """
     system.remove_unfinished()
     # From the look at the system until the journal names what was seen.
-    with system.storing():
-        with system.publishing():
+    with system.locks.storing():
+        with system.locks.publishing():
             snapshot = Snapshot.of(system)
         record = snapshot.records.get(task.name)
         _check_data(task, record)
@@ -99,7 +99,7 @@ def restart_search(system: System, task: str) -> pathlib.Path | None:
     Raises:
         SystemFolderError: the folder cannot be written.
     """
-    with system.publishing():
+    with system.locks.publishing():
         journal = unfinished_search(system, task)
         return system.set_journal_aside(journal) if journal is not None else None
 
@@ -113,6 +113,7 @@ def recover_search(system: System, task: str) -> pathlib.Path | None:
         Where a copy of the altered journal is; None if nothing was altered.
 
     Raises:
+        DamagedError: nothing of it can be read.
         SystemFolderError: the folder cannot be written, or the journal is of a newer format.
     """
     journal = unfinished_search(system, task)
@@ -121,10 +122,9 @@ def recover_search(system: System, task: str) -> pathlib.Path | None:
     try:
         read_journal(journal.file)
     except DamagedError:
-        with system.publishing():
-            aside = system.set_journal_aside(journal, copy=True)
-        cut_to_whole(system.journal_file(task, journal.round))
-        return aside
+        with system.locks.publishing():
+            file = system.journal_file(task, journal.round)
+            return cut_to_whole(file, keep=lambda: system.set_journal_aside(journal, copy=True))
     return None
 
 

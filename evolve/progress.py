@@ -138,8 +138,8 @@ class ProgressObserver:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class BaselineListener:
-    """Prints a line for each replica and each finished baseline; see evolve.baseline.Listener."""
+class BaselineProgressObserver:
+    """Prints a line for each replica and each finished baseline; see evolve.baseline.BaselineObserver."""
 
     def __init__(self, console: rich.console.Console) -> None:
         """Prints to a console."""

@@ -122,7 +122,7 @@ def run_rounds(
     check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), plan.defaults.image_size)
     for round_number in range(plan.search.rounds):
         for task, make_trainer in tasks:
-            with system.evolving(task.name):
+            with system.locks.evolving(task.name):
                 record = system.tasks().get(task.name)
                 if record is not None and record.rounds > round_number:
                     continue
@@ -154,6 +154,7 @@ class _Search:
         self.plan = plan
         self.observer = observer
         self.started = time.monotonic()
+        self.reused_seconds = 0.0
         opened = open_search(system, task, plan.to_dict(), trainer.identity)
         self.round, self.snapshot, self.journal = opened.round, opened.snapshot, opened.journal
         self.seeds = self.snapshot.seeds(task.name, plan.search.seed_limit)
@@ -289,11 +290,12 @@ class _Search:
         }
         missing = tuple(child for child in generation.children if child.index not in known)
         for index, row in known.items():
+            self.reused_seconds += sum(row["seconds"].values())
             self.observer.child_finished(generation.children[index], row)
         if missing:
             for pack in self.trainer.train(dataclasses.replace(generation, children=missing)):
                 # Until the journal names the survivors' layers, nobody may take them for garbage.
-                with self.system.storing():
+                with self.system.locks.storing():
                     rows = [self._judge(generation, generation.children[result.index], result) for result in pack.children]
                     record = self.journal.append("pack", {"generation": generation.index, "children": rows})
                 for row in record["children"]:
@@ -409,7 +411,7 @@ class _Search:
         """Examines the winner, the one look at the test split, and writes the last record."""
         started = time.monotonic()
         examples = self.trainer.examine(best.path)
-        with self.system.storing():
+        with self.system.locks.storing():
             return self.journal.append(
                 "close",
                 {
@@ -419,7 +421,11 @@ class _Search:
                     "num_children": best.num_children,
                     "test_accuracy": examples.test_accuracy,
                     "examples": self.system.put_examples(examples.images),
-                    "seconds": {"examine": time.monotonic() - started, "wall": time.monotonic() - self.started},
+                    "seconds": {
+                        "examine": time.monotonic() - started,
+                        "wall": time.monotonic() - self.started,
+                        "reused": self.reused_seconds,
+                    },
                 },
             )
 

@@ -8,8 +8,7 @@
     journal/<task>-0001.jsonl   the record of one search, see evolve.journal; `….jsonl.gz` once compressed
     journal/removed/        those of tasks that were removed and of searches that were started over
     baselines/<method>/<task>.jsonl   the record of one baseline, see evolve.baseline
-    locks/                  held while a task is being evolved, records are changed or the system is being created, and while files
-                            are written or read that belong together, so that evolve.collecting takes none of them away
+    locks/                  see evolve.locks
 
 Layers, paths and examples never change once written; only a task's file is replaced, in one rename. A crash at any moment leaves files
 that nothing refers to, never a torn one.
@@ -17,27 +16,25 @@ that nothing refers to, never a torn one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from evolve.errors import BusyError, DamagedError, SystemFolderError
+from evolve.errors import DamagedError, SystemFolderError
 from evolve.hyperparameters import Hyperparameters
-from evolve.journal import baseline_journals, compressed_file, journals_in, read_journal, search_journals
+from evolve.journal import baseline_journals, compressed_file, journals_in, search_journals
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
+from evolve.locks import Locks
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import resample
 from munet.files import remove_unfinished, sync_folder, write_atomically
@@ -122,6 +119,7 @@ class System:
     def __init__(self, folder: pathlib.Path, system_id: str, root: Path, root_source: Mapping[str, Any]) -> None:
         """Use `create` or `open`."""
         self.folder = folder
+        self.locks = Locks(folder)
         self.id = system_id
         self.root = root
         self.root_source = root_source
@@ -161,7 +159,7 @@ class System:
         """
         folder, system_id = pathlib.Path(folder), secrets.token_hex(8)
         blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
-        with blank._lock("system", wait=True):
+        with blank.locks.creating():
             if System.exists(folder):
                 raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
             placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
@@ -316,6 +314,14 @@ class System:
         records = ((file.stem, self._read_task(file)) for file in sorted((self.folder / "tasks").glob("*.json")))
         return {name: record for name, record in records if record is not None}
 
+    def task(self, name: str) -> TaskRecord | None:
+        """Returns a task's record; None if there is no such task.
+
+        Raises:
+            DamagedError: it cannot be read.
+        """
+        return self._read_task(self._task_file(name))
+
     def put_task(self, record: TaskRecord) -> None:
         """Writes a task's record; the one moment at which a new path becomes current."""
         self._write(self._task_file(record.name), _to_json(dataclasses.asdict(record)))
@@ -427,112 +433,6 @@ class System:
         except (OSError, ValueError) as error:
             raise DamagedError(f"found no readable {file} ({error})", "example images", "restore the file") from error
 
-    @contextlib.contextmanager
-    def evolving(self, task: str) -> Iterator[None]:
-        """Holds the lock of a task; its end, also by a crash, releases it.
-
-        Raises:
-            BusyError: another process holds it.
-        """
-        with self._held(f"task-{task}", f"task {task!r}", "other tasks can be evolved meanwhile, each with --task"):
-            yield
-
-    @contextlib.contextmanager
-    def comparing(self, baseline: str, task: str) -> Iterator[None]:
-        """Holds the lock of a task's baseline; its end, also by a crash, releases it.
-
-        Args:
-            baseline: name of its folder in baselines/.
-            task: name of the task.
-
-        Raises:
-            BusyError: another process holds it.
-        """
-        what = f"the baseline {baseline} of task {task!r}"
-        with self._held(f"baseline-{baseline}-{task}", what, "other tasks and methods can be run meanwhile"):
-            yield
-
-    @contextlib.contextmanager
-    def _held(self, name: str, what: str, meanwhile: str) -> Iterator[None]:
-        """Holds a lock that one process may have at a time, or raises BusyError."""
-        try:
-            lock = self._lock(name, wait=False)
-        except BlockingIOError:
-            raise BusyError(
-                f"found another process at work on {what} of {self.folder}", "one at a time", f"wait until it ends; {meanwhile}"
-            ) from None
-        with lock:
-            yield
-
-    @contextlib.contextmanager
-    def publishing(self) -> Iterator[None]:
-        """Holds the lock under which tasks' records are changed; waits for it."""
-        with self._lock("tasks", wait=True):
-            yield
-
-    @contextlib.contextmanager
-    def storing(self) -> Iterator[None]:
-        """Keeps layers, paths and examples from being collected until something names them; waits while garbage is collected.
-
-        Whoever writes them, or finds them written, holds this from there to the record in a journal or the examination that needs
-        them. Taken before `publishing`, never within it. Any number of processes may hold it.
-        """
-        with self._lock("files", wait=True, shared=True):
-            yield
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Keeps what the tasks' records name from being collected while it is read; waits while garbage is collected.
-
-        Any number of processes may hold it. In a folder that cannot be written there is nothing to wait for.
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self._lock("files", wait=True, shared=True))
-            except SystemFolderError as error:
-                if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in (
-                    errno.EACCES,
-                    errno.EPERM,
-                    errno.EROFS,
-                ):
-                    raise
-            yield
-
-    @contextlib.contextmanager
-    def collecting(self, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Holds the system alone, for whoever removes files: nobody is storing, reading or publishing.
-
-        Args:
-            waits: is called if others have to finish first.
-        """
-        try:
-            alone = self._lock("files", wait=False)
-        except BlockingIOError:
-            waits()
-            alone = self._lock("files", wait=True)
-        with alone, self.publishing():
-            yield
-
-    def _lock(self, name: str, *, wait: bool, shared: bool = False) -> contextlib.ExitStack:
-        """Takes a lock, alone or shared, to be held within the context that is returned.
-
-        Raises:
-            BlockingIOError: another process holds it, and it is not to be waited for.
-        """
-        file = self.folder / "locks" / f"{name}.lock"
-        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        with contextlib.ExitStack() as stack:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(file, (os.O_RDONLY if shared else os.O_RDWR) | os.O_CREAT, 0o644)
-                stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, mode)
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                raise _unwritable(self.folder, error) from error
-            return stack.pop_all()
-
     def remove_unfinished(self) -> None:
         """Removes what killed processes left half-written; what others are writing stays."""
         try:
@@ -546,45 +446,6 @@ class System:
         parts = [self.folder / name for name in ("paths", "tasks", "examples", "journal", "journal/removed")]
         parts += [*(self.folder / "baselines").glob("*/"), *(self.folder / "layers").glob("*/")]
         return [self.folder, *filter(pathlib.Path.is_dir, parts)]
-
-    # Verification
-
-    def verify(self) -> list[str]:
-        """Hashes every file again and follows every reference.
-
-        Returns:
-            One sentence for each thing that is wrong; empty if all is well.
-        """
-        findings: list[str] = []
-        with self.reading():
-            for file in sorted((self.folder / "layers").glob("*/*.safetensors")):
-                findings += _findings(self.check_layer, file.stem)
-            for file in sorted((self.folder / "paths").glob("*.json")):
-                findings += _findings(self.path, file.stem)
-            for file in sorted((self.folder / "tasks").glob("*.json")):
-                findings += _findings(self._verify_task, file)
-            for journal in self.journals():
-                findings += _findings(self._verify_journal, journal)
-            for file in (*self.removed_journals(), *self.baseline_journals()):
-                findings += _findings(read_journal, file)
-        # A damaged layer is found again in each path that uses it.
-        return list(dict.fromkeys(findings))
-
-    def _verify_journal(self, journal: JournalFile) -> None:
-        records = read_journal(journal.file)
-        if records:
-            self.check_journal(journal, records[0])
-            if journal.is_closed and records[-1]["type"] != "close":
-                raise DamagedError(
-                    f"found no last record in {journal.file}, though its round is closed",
-                    "what was written",
-                    "restore the file from a copy; nothing else needs the journal of a closed search",
-                )
-        if not journal.is_closed:
-            for record in records:
-                for child in record["children"] if record["type"] == "pack" else ():
-                    if child["survived"]:
-                        self.path(child["path_id"])
 
     def check_journal(self, journal: JournalFile, opened: Mapping[str, Any]) -> None:
         """Checks by its first record that a journal is the one that belongs in its place.
@@ -601,32 +462,6 @@ class System:
                 f"that of round {journal.round + 1} of task {journal.task!r} of system {self.id}",
                 "put the right one back, or start an unfinished round over with `munet-evolve run` and --restart",
             )
-
-    def _verify_task(self, file: pathlib.Path) -> None:
-        record = self._read_task(file)
-        while record is not None:
-            try:
-                return self._verify_record(record)
-            except DamagedError:
-                # Others may publish meanwhile: only what stays as it was found is a finding.
-                again = self._read_task(file)
-                if again == record:
-                    raise
-                record = again
-        return None
-
-    def _verify_record(self, record: TaskRecord) -> None:
-        path = self.path(record.path_id)
-        if path.task != record.name:
-            raise DamagedError(f"found path {path.id} of task {path.task!r} current for {record.name!r}", "one of its own")
-        if record.parent_id not in {other.path_id for other in self.tasks().values()} | {self.root.id}:
-            raise DamagedError(
-                f"found path {record.parent_id} as the parent of task {record.name!r}", "a current path or the root"
-            )
-        images = self.examples(record)
-        found = hashlib.sha256((self.folder / "examples" / record.examples).read_bytes()).hexdigest()[:16]
-        if f"{found}.npy" != record.examples or images.dtype != np.uint8:
-            raise DamagedError(f"found altered example images {record.examples}", "what was written", "restore the file")
 
     # Files
 
@@ -680,14 +515,6 @@ def path_to_dict(path: Path) -> dict[str, Any]:
         "parent_id": path.parent_id,
         "quality": path.quality,
     }
-
-
-def _findings(check: Any, subject: Any) -> list[str]:
-    try:
-        check(subject)
-    except DamagedError as error:
-        return [str(error)]
-    return []
 
 
 def _unwritable(folder: pathlib.Path, error: OSError) -> SystemFolderError:

@@ -102,7 +102,7 @@ def summarise(system: System) -> SystemSummary:
     Raises:
         DamagedError: a path or a layer is missing or altered.
     """
-    with system.reading():
+    with system.locks.reading():
         records = system.tasks()
         paths = {name: system.path(record.path_id) for name, record in records.items()}
     owners = {record.path_id: name for name, record in records.items()}

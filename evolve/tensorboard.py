@@ -17,6 +17,7 @@ from evolve.errors import SystemFolderError
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.hyperparameters import tunables
 from evolve.journal import Record
+from evolve.outcomes import Outcomes
 from evolve.path import Path
 from evolve.store import TaskRecord
 
@@ -69,14 +70,19 @@ class TensorBoardObserver:
     def child_finished(self, plan: ChildPlan, record: Record) -> None:
         """Writes a child's point."""
         self._step += 1
-        self._best_quality = max(self._best_quality, record["quality"])
-        self._best_score = max(self._best_score, record["score"])
+        outcome = Outcomes.of_one(record)
+        if outcome.survived:
+            # What may become current: a child that was dropped never does.
+            self._best_quality = max(self._best_quality, record["quality"])
+            self._best_score = max(self._best_score, record["score"])
         scalars = {
             "child/quality": record["quality"],
             "child/score": record["score"],
             "child/accounted_parameters": record["accounted_parameters"],
             "child/seconds": record["seconds"]["train"] + record["seconds"]["evaluate"],
-            "child/survived": float(record["survived"]),
+            "child/survived": float(outcome.survived),
+            "child/diverged": float(outcome.diverged),
+            "child/stopped_early": float(outcome.stopped_early),
             "best/quality": self._best_quality,
             "best/score": self._best_score,
             **{f"hyperparameters/{name}": value for name, value in numbers(plan.hyperparameters.to_dict()).items()},

@@ -9,7 +9,8 @@ _OWN = ("munet", "evolve", "server")
 
 
 def start(module: str, extra: str) -> None:
-    """Runs the `main` of a module; ends with exit status 2 and what to install if a package that it needs is missing.
+    """Runs the `main` of a module; ends with exit status 2 and what to install if a package that it needs is missing,
+    and with 130 if Ctrl-C comes while they load.
 
     Args:
         module: name of a command line's module.
@@ -17,6 +18,10 @@ def start(module: str, extra: str) -> None:
     """
     try:
         importlib.import_module(module).main()
+    except KeyboardInterrupt:
+        # Before the command takes signals in hand itself: its packages take seconds to load.
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _OWN:

@@ -114,7 +114,7 @@ def export_system(
     started = time.monotonic()
     try:
         # What the records name stays until it is published, whoever collects garbage meanwhile.
-        with system.reading(), open_for_publishing(repository, system.id, tell) as opened:
+        with system.locks.reading(), open_for_publishing(repository, system.id, tell) as opened:
             try:
                 result = _Publisher(system, opened, settings, num_top1_images, tell).publish()
             finally:

@@ -41,11 +41,6 @@ class Baseline:
     num_diverged: int = 0
     data_fingerprint: str | None = None
 
-    @property
-    def family(self) -> str:
-        """The method without its number: `freeze` of `freeze:2`, `finetune` of `finetune (tuned)`."""
-        return self.method.partition(":")[0].partition(" ")[0]
-
 
 def read_baselines(folder: pathlib.Path) -> tuple[list[Baseline], list[str]]:
     """Returns the finished baselines of a system by method and task, and a sentence for each that is unfinished or cannot be read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from evolve.report.baselines import Baseline, read_baselines
 from evolve.report.mutations import Payoff, payoffs
@@ -14,6 +14,9 @@ from evolve.summary import SystemSummary, TaskSummary, summarise
 
 SEARCH = "search"
 """What the search itself is called among the methods."""
+
+UNEQUAL = 0.1
+"""From which share of a difference on, steps are called unequal: a baseline leaves out a remainder, a search rounds up to generations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +142,13 @@ def read_content(system: System) -> Content:
     baselines, more = read_baselines(system.folder)
     costs = tuple(cost_of(task, searches) for task in dict.fromkeys(search.task for search in searches))
     # Whoever publishes and collects garbage meanwhile takes nothing away between one look and the next.
-    with system.reading():
+    with system.locks.reading():
         summary, structure = summarise(system), structure_of(system, searches)
         records = system.tasks()
     strangers = [base for base in baselines if _is_of_other_data(base, records)]
     baselines = [base for base in baselines if base not in strangers]
     more += [f"the baseline {base.method} of {base.task} had other data than the search; it is left out" for base in strangers]
+    more += list(_unequal(baselines, costs))
     return Content(
         summary=summary,
         standings=tuple(rank(summary.tasks, baselines)),
@@ -162,6 +166,18 @@ def _is_of_other_data(baseline: Baseline, records: Mapping[str, TaskRecord]) -> 
     """Whether a baseline cannot be compared with what the search of its task made."""
     record = records.get(baseline.task)
     return record is not None and baseline.data_fingerprint not in (None, record.data_fingerprint)
+
+
+def _unequal(baselines: Iterable[Baseline], costs: Iterable[TaskCost]) -> Iterator[str]:
+    """Yields a sentence for each baseline that was trained clearly shorter or longer than the search of its task."""
+    searched = {cost.task: cost.num_trained_images for cost in costs}
+    for base in baselines:
+        images = searched.get(base.task)
+        if images and abs(base.num_trained_images / images - 1) > UNEQUAL:
+            yield (
+                f"the baseline {base.method} of {base.task} was trained on {base.num_trained_images:,} images and the search on "
+                f"{images:,}: the comparison is not one of equal steps"
+            )
 
 
 def rank(tasks: Iterable[TaskSummary], baselines: Sequence[Baseline]) -> list[Standing]:

@@ -80,6 +80,7 @@ class SearchEnd:
         test_accuracy: 0 to 1; None without a test split.
         examine_seconds: spent on the test split and the example images.
         wall_seconds: of the process that closed it; earlier processes of a resumed search are not in it.
+        reused_seconds: training and validation by those earlier processes; None in a journal of a version that did not say.
     """
 
     path_id: str
@@ -88,6 +89,7 @@ class SearchEnd:
     test_accuracy: float | None
     examine_seconds: float
     wall_seconds: float
+    reused_seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +142,11 @@ class Search:
 
     @property
     def other_seconds(self) -> float | None:
-        """Wall time that was neither training nor validation nor examination; None if it cannot be told: unfinished or resumed."""
-        if self.end is None:
+        """Wall time of the process that closed it that was neither training nor validation nor examination; None if not known."""
+        if self.end is None or self.end.reused_seconds is None:
             return None
-        rest = self.end.wall_seconds - self.end.examine_seconds - sum(child.seconds for child in self.children)
-        return rest if rest >= 0 else None
+        trained = sum(child.seconds for child in self.children) - self.end.reused_seconds
+        return max(0.0, self.end.wall_seconds - self.end.examine_seconds - trained)
 
 
 def read_searches(folder: pathlib.Path) -> tuple[list[Search], list[str]]:
@@ -252,4 +254,5 @@ def _end(closed: Record) -> SearchEnd:
         test_accuracy=closed["test_accuracy"],
         examine_seconds=closed["seconds"]["examine"],
         wall_seconds=closed["seconds"]["wall"],
+        reused_seconds=closed["seconds"].get("reused"),
     )

@@ -37,7 +37,7 @@ TEST_CHUNK = 1024
 """Test images in memory at a time."""
 
 
-class IntervalListener(Protocol):
+class IntervalObserver(Protocol):
     """What wants to know how training goes."""
 
     def on_interval(self, child_index: int, interval: int, quality: float) -> None:
@@ -101,7 +101,7 @@ class OneByOneTrainer:
         data: TaskData,
         tensors: Callable[[str], Tensors],
         settings: TrainingSettings,
-        listener: IntervalListener | None = None,
+        observer: IntervalObserver | None = None,
     ) -> None:
         """Prepares to train paths of one task.
 
@@ -109,7 +109,7 @@ class OneByOneTrainer:
             data: of the task.
             tensors: a stored layer's weights by its id, such as System.tensors.
             settings: device, precision and threads matter; lengths come with each plan.
-            listener: told of every validation.
+            observer: told of every validation.
 
         Raises:
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
@@ -117,7 +117,7 @@ class OneByOneTrainer:
         self._data = data
         self._tensors = tensors
         self._settings = settings
-        self._listener = listener
+        self._observer = observer
         self._device = resolve_device(settings)
         # Only the sizes in use last are kept: images of one size can fill a device.
         self._training: tuple[int, DeviceImages] | None = None
@@ -207,8 +207,8 @@ class OneByOneTrainer:
                 record.evaluate_seconds += time.perf_counter() - started
             else:
                 record.qualities.append(0.0)
-            if self._listener is not None:
-                self._listener.on_interval(child.index, interval, record.qualities[-1])
+            if self._observer is not None:
+                self._observer.on_interval(child.index, interval, record.qualities[-1])
             if record.finite and plan.stops_after(child, record.qualities) is not None:
                 break
         return record.result(child, self._tensors)

@@ -21,7 +21,7 @@ seeds = 1
 scale_factor = 0.5
 tuned_replicas = 2
 tasks = ["digits"]
-families = []
+kinds = []
 [search]
 rounds = 1
 children_per_task = 2
@@ -61,7 +61,7 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_is_missing(tiny):
     lines = _benchmark(tiny, "--results", str(tiny.parent / "results"), "--hardware", "Some 1 CPU")
     assert {"partial": False, "missing": []} in lines
     runs = {(line["run"], line["seed"]) for line in lines if "run" in line}
-    assert runs == {(method, 0) for method in ("search", "search scaled", "finetune", "finetune tuned")}
+    assert runs == {(method, 0) for method in ("search", "search scaled", "finetune", "finetune (tuned)")}
     images = {line["num_trained_images"] for line in lines if "run" in line}
     assert images == {2 * 2 * 64}, "the same number of steps for all"
     assert {"Q1", "Q2", "Q2 scaled", "Q2 scaled loss", "Q8", "Q8 parameters"} <= lines[-1]["summary"].keys()
@@ -87,7 +87,7 @@ def test_settings_change_lengths_alone_and_whole_comparisons_come_first(name, tm
     recipe = load_settings(TOP / "evolve" / "recipes" / "characters.toml", Experiment)
     jobs = benchmark.jobs()
     assert [job.method for job in jobs[:5]] == ["search", "finetune", "freeze:1", "adapters:32", "search scaled"]
-    for job in (Job("search", 2), Job("search scaled", 0), Job("freeze:1", 1), Job("finetune tuned", 0)):
+    for job in (Job("search", 2), Job("search scaled", 0), Job("freeze:1", 1), Job("finetune (tuned)", 0)):
         command = benchmark.command(job)
         written = load_settings(pathlib.Path(command[4]), Experiment)
         assert written.seed == job.seed

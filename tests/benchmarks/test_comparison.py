@@ -26,8 +26,8 @@ RUNS = [
     _run("freeze:2", 0, 0.75, 0.81, accounted=60),
     _run("freeze:2", 1, 0.90, 0.99, accounted=60),
     _run("adapters:8", 0, 0.60, 0.60, accounted=30),
-    _run("finetune tuned", 0, 0.81, 0.87),
-    _run("freeze:2 tuned", 0, 0.80, 0.90, accounted=60),
+    _run("finetune (tuned)", 0, 0.81, 0.87),
+    _run("freeze:2 (tuned)", 0, 0.80, 0.90, accounted=60),
 ]
 
 
@@ -68,9 +68,9 @@ def test_the_best_baseline_is_the_one_on_the_first_seed() -> None:
         return best.method if best else None
 
     assert name(tuned=False) == "finetune"
-    assert name(tuned=False, family="freeze") == "freeze:2"
-    assert name(tuned=False, family="adapters") == "adapters:8"
-    assert name(tuned=True) == "freeze:2 tuned"
+    assert name(tuned=False, kind="freeze") == "freeze:2"
+    assert name(tuned=False, kind="adapters") == "adapters:8"
+    assert name(tuned=True) == "freeze:2 (tuned)"
     assert best_of(rows_of(RUNS[:2]), tuned=False) is None
 
 
@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_targets() -> None:
     assert figures["Q2 scaled"].value == pytest.approx(0.20)
     assert figures["Q2 scaled loss"].value == pytest.approx(0.5)
     assert figures["Q8"].value == pytest.approx(0.0)
-    assert "freeze:2 tuned" in figures["Q8"].note
+    assert "freeze:2 (tuned)" in figures["Q8"].note
     assert figures["Q8 parameters"].value == pytest.approx(42 / 60)
     assert figures["Q8 scaled"].value == pytest.approx(-2.5)
     assert figures["Q8 scaled parameters"].value == pytest.approx(20 / 60)

@@ -16,6 +16,7 @@ import pytest
 
 from evolve.journal import Record, read_journal
 from evolve.store import System
+from evolve.verification import verify
 from server.client import Client
 from server.repository import Repository
 from tests.end_to_end.conftest import SETTINGS, TASKS
@@ -39,7 +40,7 @@ class Witness:
 
     def look(self) -> None:
         if System.exists(self._system):
-            assert System.open(self._system).verify() == []
+            assert verify(System.open(self._system)) == []
             self._look_at_files()
         if (self._repository / "CURRENT").exists():
             # Every checksum, every config, every route.
@@ -182,7 +183,7 @@ def test_two_runs_of_one_task_at_once(commands: Commands, experiment: pathlib.Pa
     )
     first.go_on()
     assert first.wait() == 0, first.output
-    assert System.open(tmp_path / "system").verify() == []
+    assert verify(System.open(tmp_path / "system")) == []
 
 
 def test_two_experiments_with_different_roots_cannot_make_one_system(
@@ -194,7 +195,7 @@ def test_two_experiments_with_different_roots_cannot_make_one_system(
     ended = sorted((command.wait(), command.output) for command in both)
     assert [status for status, _ in ended] == [0, 2], ended
     assert "use the same root, or another folder: a system keeps its root for life" in ended[1][1]
-    assert System.open(tmp_path).verify() == []
+    assert verify(System.open(tmp_path)) == []
 
 
 def test_a_task_may_be_removed_while_another_evolves_from_it(
@@ -212,7 +213,7 @@ def test_a_task_may_be_removed_while_another_evolves_from_it(
         assert command.wait() == (-9 if is_killed else 0)
         assert commands.run(*run, name)[0] == 0
         system = System.open(tmp_path)
-        assert system.verify() == []
+        assert verify(system) == []
         assert system.tasks()[name].rounds == 1
         assert "a" not in system.tasks()
         assert commands.run(*run, "a")[0] == 0

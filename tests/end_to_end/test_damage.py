@@ -238,7 +238,7 @@ def test_changed_settings_are_refused_before_data_are_loaded(commands, experimen
 
 
 def test_restart_waits_for_nobody(commands, experiment, folder):
-    with System.open(folder).evolving("b"):
+    with System.open(folder).locks.evolving("b"):
         assert "another process at work on task 'b'" in _error(commands, *_run(experiment, folder, "--restart"))
     assert _journal(folder).exists()
 

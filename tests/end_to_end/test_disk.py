@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from evolve.store import System
+from evolve.verification import verify
 from server.client import AdminClient
 from server.repository import Repository
 from tests.end_to_end.conftest import SETTINGS
@@ -46,7 +47,7 @@ def check_whole(folder: pathlib.Path) -> None:
     for journal in folder.rglob("*.jsonl"):
         assert journal.read_bytes()[-1:] in (b"", b"\n"), "a torn line was left"
     if System.exists(folder / "system"):
-        assert System.open(folder / "system").verify() == []
+        assert verify(System.open(folder / "system")) == []
     if (folder / "repository" / "CURRENT").exists():
         Repository(folder / "repository").read()
 

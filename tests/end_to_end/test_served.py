@@ -162,7 +162,7 @@ def test_removing_a_task_and_publishing_takes_it_out_and_changes_no_other_answer
     system = System.open(tmp_path / "system")
     with ServerProcess(tmp_path / "repository") as process, Client(process.address) as client:
         before = _logits(client, "plain", files[:10])
-        with system.publishing():
+        with system.locks.publishing():
             system.remove_task("adapted")
         export_system(system, tmp_path / "repository")
         _wait_for_generation(client, 2)

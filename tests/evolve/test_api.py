@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import evolve
-from evolve.api import prepare
+from evolve.api import prepare_search
 from evolve.errors import DataError, SettingsError, TrainerError
 from evolve.generation import PackResult
 from evolve.root import save_root
 from evolve.search import SearchPlan
 from tests.support.fake_trainer import FakeTrainer, tiny_root
 from tests.support.processes import environment
+from tests.support.searches import Killed, MortalTrainer
 from tests.support.system import IMAGE_SIZE, random_tensors, root_specs
 
 PLAN = SearchPlan(
@@ -173,9 +174,43 @@ def test_the_experiments_tasks_are_chosen_by_name(tmp_path):
     assert not (tmp_path / "system").exists()
 
 
+def test_an_unfinished_search_goes_on_starts_over_or_is_recovered(tmp_path, monkeypatch):
+    def experiment(**changes: object) -> evolve.Experiment:
+        return evolve.Experiment(
+            search=evolve.SearchSettings(rounds=1, children_per_task=4, generation_size=2, **changes),
+            training=evolve.TrainingSettings(batch_size=8, intervals=1, batches_per_interval=1),
+            tasks=(evolve.DigitsTask(name="digits", source="digits", limit_per_class=10),),
+        )
+
+    folder = tmp_path / "system"
+    with pytest.raises(Killed):
+        evolve.run(experiment(), folder, make_trainer=lambda *_: MortalTrainer(1))
+    with monkeypatch.context() as patch:
+        patch.setattr("evolve.data.load.load_task", lambda *_: pytest.fail("data were loaded first"))
+        with pytest.raises(SettingsError, match=r"mutation_rate = 0\.1 then and 0\.5 now"):
+            evolve.run(experiment(mutation_rate=0.5), folder)
+    trainer = FakeTrainer()
+    system = evolve.run(experiment(mutation_rate=0.5), folder, unfinished="restart", make_trainer=lambda *_: trainer)
+    assert sum(len(plan.children) for plan in trainer.plans) == 4
+    assert len(system.removed_journals()) == 1
+
+    with system.locks.publishing():
+        system.remove_task("digits")
+    with pytest.raises(Killed):
+        evolve.run(experiment(), folder, make_trainer=lambda *_: MortalTrainer(3))
+    file = system.journal_file("digits", 0)
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]) + b"{}\n")
+    with pytest.raises(evolve.EvolveError, match="altered line"):
+        evolve.run(experiment(), folder, make_trainer=lambda *_: FakeTrainer())
+    trainer = FakeTrainer()
+    evolve.run(experiment(), folder, unfinished="recover", make_trainer=lambda *_: trainer)
+    assert sum(len(plan.children) for plan in trainer.plans) == 2
+    assert evolve.verify(evolve.System.open(folder)) != [], "the altered copy is kept, and named"
+
+
 def test_no_tasks_are_none_and_not_all(tmp_path):
     experiment = evolve.Experiment(tasks=(evolve.DigitsTask(name="digits", source="digits"),))
-    prepared = prepare(experiment, tmp_path / "system", tasks=[])
+    prepared = prepare_search(experiment, tmp_path / "system", tasks=[])
     assert prepared.data == ()
     assert evolve.run(experiment, tmp_path / "system", tasks=[]).tasks() == {}
 

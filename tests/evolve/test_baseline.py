@@ -17,10 +17,11 @@ from evolve.generation import Origin
 from evolve.hyperparameters import Hyperparameters, tunables
 from evolve.journal import Journal, read_journal
 from evolve.path import ordered_positions
-from evolve.progress import BaselineListener
+from evolve.progress import BaselineProgressObserver
 from evolve.search import SearchPlan, run_rounds
 from evolve.store import System
 from evolve.training.one_by_one import OneByOneTrainer
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, tiny_root
 from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, TinyRoot, easy_data
 
@@ -28,7 +29,7 @@ TASK = ActiveTask("one", tuple("abc"), 100, "f")
 FINETUNE = Method("finetune")
 
 
-class QuietListener:
+class RecordingObserver:
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -80,9 +81,9 @@ def _plan(seed=0, *, defaults=None, training=None, **search) -> SearchPlan:
 
 def _run(system, method=FINETUNE, plan=None, trainer=None, task=TASK, num_tasks=5, replicas=None):
     trainer = trainer or FakeTrainer()
-    listener = QuietListener()
-    run_baselines(system, [(task, lambda: trainer)], method, BaselinePlan(plan or _plan(), num_tasks, replicas), listener)
-    return trainer, listener
+    observer = RecordingObserver()
+    run_baselines(system, [(task, lambda: trainer)], method, BaselinePlan(plan or _plan(), num_tasks, replicas), observer)
+    return trainer, observer
 
 
 def _is_finished(system, method=FINETUNE, plan=None, num_tasks=5, replicas=None):
@@ -240,26 +241,26 @@ def test_tuned_replicas_draw_learning_rate_warmup_and_augmentation_from_the_step
 def test_the_best_replica_is_tested_once_and_its_cost_is_that_of_all(system):
     qualities = {0: 0.4, 1: 0.7, 2: 0.7, 3: 0.1}
     trainer = FakeTrainer(quality=lambda generation, _: qualities[generation.index])
-    _, listener = _run(system, Method("freeze", 2), trainer=trainer)
+    _, observer = _run(system, Method("freeze", 2), trainer=trainer)
     (path,) = trainer.examined
     assert path.quality == 0.7
     assert path.parent_id == system.root.id
     *_, closed = _records(system, Method("freeze", 2))
-    assert listener.closed == [closed]
+    assert observer.closed == [closed]
     assert closed["type"] == "close"
     assert (closed["method"], closed["tuned"], closed["task"], closed["replica"]) == ("freeze:2", False, "one", 1)
     assert (closed["quality"], closed["test_accuracy"], closed["path_id"]) == (0.7, 0.5, path.id)
     assert (closed["num_trained_images"], closed["flops"]) == (40, 4e3)
     assert closed["seconds"].keys() == {"train", "evaluate", "wall"}
-    assert [replica["best_interval"] for replica in listener.replicas] == [1] * 4
+    assert [replica["best_interval"] for replica in observer.replicas] == [1] * 4
     # What was tested is what was trained.
     assert all(system.tensors(layer.id) for _, layer in path.layers)
 
 
 def test_frozen_layers_are_shared_by_all_tasks_of_the_experiment(system):
     def accounted(method):
-        _, listener = _run(system, method)
-        return listener.closed[0]["accounted_parameters"], listener.closed[0]["parameters"]
+        _, observer = _run(system, method)
+        return observer.closed[0]["accounted_parameters"], observer.closed[0]["parameters"]
 
     root = {str(position): layer.num_parameters for position, layer in system.root.layers}
     stem = root["patch_embed"] + root["class_token"] + root["pos_embed"]
@@ -279,7 +280,7 @@ def test_tasks_and_searches_of_the_system_are_left_alone(system):
     after = {file: file.read_bytes() for file in system.folder.rglob("*") if file.is_file()}
     assert after.items() >= before.items()
     assert {file.relative_to(system.folder).parts[0] for file in after.keys() - before.keys()} == {"baselines", "layers", "locks"}
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 # Going on
@@ -291,9 +292,9 @@ def test_stopped_and_gone_on_with_it_ends_as_in_one_go(system, tmp_path, replica
     other = System.create(tmp_path / "other", tiny_root(), 32)
     with pytest.raises(Stop):
         _run(other, trainer=StoppingTrainer(replicas))
-    trainer, listener = _run(other)
-    assert listener.opened == [("one", 4, replicas)]
-    assert [replica["replica"] for replica in listener.replicas] == list(range(replicas, 4))
+    trainer, observer = _run(other)
+    assert observer.opened == [("one", 4, replicas)]
+    assert [replica["replica"] for replica in observer.replicas] == list(range(replicas, 4))
     # At most the best replica is trained again, for its weights.
     assert 4 - replicas <= len(trainer.plans) <= 5 - replicas
     one, two = _without_seconds(_records(system)), _without_seconds(_records(other))
@@ -303,12 +304,12 @@ def test_stopped_and_gone_on_with_it_ends_as_in_one_go(system, tmp_path, replica
 
 def test_weights_of_an_earlier_process_are_trained_again_only_if_they_are_the_best(system, tmp_path):
     # All replicas are in the journal, only the last record is missing.
-    _, listener = _run(system)
+    _, observer = _run(system)
     file = baseline_file(system, FINETUNE, "one")
     *lines, closed = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines))
     trainer, again = _run(system)
-    assert [generation.index for generation in trainer.plans] == [listener.closed[0]["replica"]]
+    assert [generation.index for generation in trainer.plans] == [observer.closed[0]["replica"]]
     assert again.closed[0]["path_id"] == json.loads(closed)["path_id"]
 
 
@@ -317,8 +318,8 @@ def test_what_is_finished_is_not_done_again(system):
     _run(system)
     assert _is_finished(system)
     assert not _is_finished(system, Method("finetune", tuned=True))
-    trainer, listener = _run(system)
-    assert (trainer.plans, trainer.examined, listener.opened, listener.closed) == ([], [], [], [])
+    trainer, observer = _run(system)
+    assert (trainer.plans, trainer.examined, observer.opened, observer.closed) == ([], [], [], [])
 
 
 def test_searches_that_differ_in_what_shapes_no_baseline_are_compared_with_the_same_one(system):
@@ -381,7 +382,7 @@ def test_a_compressed_journal_of_other_settings_is_named_as_it_is(system):
 def test_a_journal_is_opened_while_nobody_collects_garbage(system, monkeypatch):
     class WatchedJournal(Journal):
         def __init__(self, file):
-            with pytest.raises(_Waits), system.collecting(_wait):
+            with pytest.raises(_Waits), system.locks.collecting(only_looks=False, waits=_wait):
                 pass
             super().__init__(file)
 
@@ -403,9 +404,9 @@ def test_replicas_that_diverge_say_so_and_are_not_chosen(system, capsys):
         def _result(self, plan, child):
             return dataclasses.replace(super()._result(plan, child), diverged=plan.index != 2, batch_parts=1 + plan.index // 3)
 
-    listener = BaselineListener(rich.console.Console(width=200))
+    observer = BaselineProgressObserver(rich.console.Console(width=200))
     trainer = DivergingTrainer(quality=lambda *_: 0.3)
-    run_baselines(system, [(TASK, lambda: trainer)], FINETUNE, BaselinePlan(_plan(), 5), listener)
+    run_baselines(system, [(TASK, lambda: trainer)], FINETUNE, BaselinePlan(_plan(), 5), observer)
     *replicas, closed = _records(system)[1:]
     assert [(row.get("diverged"), row.get("batch_parts")) for row in replicas] == [
         *((True, None), (True, None), (None, None), (True, 2))
@@ -415,7 +416,7 @@ def test_replicas_that_diverge_say_so_and_are_not_chosen(system, capsys):
 
 
 def test_the_same_baseline_twice_at_once_is_refused_and_others_are_not(system):
-    with system.comparing("finetune", "one"):
+    with system.locks.comparing("finetune", "one"):
         with pytest.raises(BusyError, match="another process at work on the baseline finetune of task 'one'"):
             _run(system)
         _run(system, Method("finetune", tuned=True))
@@ -441,10 +442,10 @@ def test_a_tiny_real_baseline_learns_and_is_the_same_twice(tmp_path):
     for name in ("one", "two"):
         system = System.create(tmp_path / name, layers, IMAGE_SIZE)
         for method in (FINETUNE, Method("freeze", 2), Method("adapters", 4)):
-            listener = QuietListener()
+            observer = RecordingObserver()
             trainer = OneByOneTrainer(data, system.tensors, plan.training)
-            run_baselines(system, [(task, lambda trainer=trainer: trainer)], method, BaselinePlan(plan, 1), listener)
-            closed.append(listener.closed[0])
+            run_baselines(system, [(task, lambda trainer=trainer: trainer)], method, BaselinePlan(plan, 1), observer)
+            closed.append(observer.closed[0])
             assert closed[-1]["test_accuracy"] > 0.8
             # Two replicas of 4 generations x 2 intervals x 5 batches of 16 images.
             assert closed[-1]["num_trained_images"] == 2 * 8 * 5 * 16

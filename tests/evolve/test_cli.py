@@ -386,7 +386,7 @@ def test_a_restart_that_was_interrupted_before_it_began_is_still_to_be_done(fold
 def test_the_same_task_twice_at_once_is_refused(folder, monkeypatch, capsys):
     file = _write(folder, SETTINGS + COLOURS)
     assert _main(monkeypatch, "run", file, "--system", folder / "system") == 0
-    with System.open(folder / "system").evolving("colours"):
+    with System.open(folder / "system").locks.evolving("colours"):
         assert _main(monkeypatch, "run", file, "--system", folder / "system", "--rounds", "2") == 2
     error = capsys.readouterr().err
     assert "found another process at work on task 'colours'" in error
@@ -494,6 +494,6 @@ def test_the_same_baseline_twice_at_once_is_refused(folder, monkeypatch, capsys)
     file = _write(folder, SETTINGS + COLOURS)
     command = ("baseline", file, "--system", folder / "system", "--method", "finetune")
     assert _main(monkeypatch, *command, "--tune") == 0
-    with System.open(folder / "system").comparing("finetune", "colours"):
+    with System.open(folder / "system").locks.comparing("finetune", "colours"):
         assert _main(monkeypatch, *command) == 2
     assert "found another process at work on the baseline finetune of task 'colours'" in capsys.readouterr().err

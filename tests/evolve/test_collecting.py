@@ -16,7 +16,9 @@ from evolve.journal import Journal, read_journal
 from evolve.layer import HEAD, POS_EMBED
 from evolve.lineage import lineage_hash, lineage_of
 from evolve.store import System
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, derive_path
+from tests.support.permissions import read_only
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 
 
@@ -50,11 +52,19 @@ def test_without_delete_nothing_changes_and_what_is_said_is_what_is_done_with_it
     assert _files(system) == after
 
 
+def test_a_folder_that_cannot_be_written_can_be_looked_at(system):
+    expected = collect(system, delete=False)
+    with read_only(system.folder):
+        assert collect(system, delete=False) == expected
+        with pytest.raises(SystemFolderError, match="could not"):
+            collect(system, delete=True)
+
+
 def test_what_is_left_is_what_current_paths_and_the_root_are_made_of(system):
     expected = lineage_hash(system)
     collect(system, delete=True)
     opened = System.open(system.folder)
-    assert opened.verify() == []
+    assert verify(opened) == []
     assert lineage_hash(opened) == expected
     paths = [opened.root, *(opened.path(record.path_id) for record in opened.tasks().values())]
     assert {file.stem for file in opened.folder.glob("paths/*")} == {path.id for path in paths}
@@ -64,7 +74,7 @@ def test_what_is_left_is_what_current_paths_and_the_root_are_made_of(system):
     # Beyond them only what the root is for images of other sizes.
     assert all(opened.layer(layer_id) == opened.position_embedding(_grid(opened, layer_id)) for layer_id in layers - used)
     assert {file.name for file in opened.folder.glob("examples/*")} == {record.examples for record in opened.tasks().values()}
-    assert evolve_tasks(system.folder, "abc").verify() == []
+    assert verify(evolve_tasks(system.folder, "abc")) == []
 
 
 def _grid(system: System, layer_id: str) -> int:
@@ -96,7 +106,7 @@ def test_files_of_others_stay_and_half_written_ones_go(system):
 
 
 def test_layers_of_a_removed_task_go_and_its_journal_stays_compressed(system):
-    with system.publishing():
+    with system.locks.publishing():
         system.remove_task("b")
     path = system.path(read_journal(system.removed_journals()[-1])[-1]["path_id"])
     own = path.layer_ids - system.root.layer_ids - system.path(system.tasks()["a"].path_id).layer_ids
@@ -108,7 +118,7 @@ def test_layers_of_a_removed_task_go_and_its_journal_stays_compressed(system):
     assert read_journal(system.removed_journals()[0])[-1]["type"] == "close"
     # Another one to be set aside under the same name does not meet it.
     evolve_tasks(system.folder)
-    with system.publishing():
+    with system.locks.publishing():
         system.remove_task("b")
     assert [file.name for file in system.removed_journals()] == [
         *("b-0001.1.jsonl.gz", "b-0001.2.jsonl", "b-0002.1.jsonl.gz", "b-0002.2.jsonl")
@@ -125,7 +135,7 @@ def test_an_unfinished_search_ends_as_if_nothing_had_been_collected(tmp_path, li
         evolve_tasks(tmp_path / "system", trainer=MortalTrainer(lives))
     system = System.open(tmp_path / "system")
     assert len(collect(system, delete=True).unfinished) == 1
-    assert system.verify() == []
+    assert verify(system) == []
     trainer = FakeTrainer()
     assert lineage_hash(evolve_tasks(system.folder, trainer=trainer)) == expected
     assert sum(len(plan.children) for plan in trainer.plans) == 32 - lives
@@ -140,7 +150,7 @@ def test_the_snapshot_of_an_unfinished_search_stays_though_all_of_it_was_replace
     system = System.open(folder)
     seen = {row["path_id"] for row in read_journal(system.journal_file("c", 0))[0]["snapshot"]}
     evolve_tasks(folder, "a", small_plan(rounds=2), FakeTrainer(quality=lambda *_: 1.0))
-    with system.publishing():
+    with system.locks.publishing():
         system.remove_task("b")
     assert not seen & {record.path_id for record in system.tasks().values()}
     collect(system, delete=True)
@@ -150,7 +160,7 @@ def test_the_snapshot_of_an_unfinished_search_stays_though_all_of_it_was_replace
     assert one == other
     collect(system, delete=True)
     assert seen & {file.stem for file in folder.glob("paths/*")} == set(), "nobody needs them any more"
-    assert System.open(folder).verify() == []
+    assert verify(System.open(folder)) == []
 
 
 def test_a_search_killed_between_its_last_record_and_its_publication_keeps_its_examples(tmp_path, monkeypatch):
@@ -163,7 +173,7 @@ def test_a_search_killed_between_its_last_record_and_its_publication_keeps_its_e
     trainer = FakeTrainer()
     evolve_tasks(system.folder, "a", small_plan(rounds=1), trainer)
     assert (trainer.plans, trainer.examined) == ([], [])
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 def test_an_unfinished_baseline_keeps_what_it_names_and_a_finished_one_nothing(system):
@@ -182,7 +192,7 @@ def test_an_unfinished_baseline_keeps_what_it_names_and_a_finished_one_nothing(s
     assert garbage == {path.id, path.layer(HEAD).id, lone.id}
     assert [file.name for file in system.baseline_journals()] == ["a.jsonl.gz"]
     assert [record["type"] for record in read_journal(journal.file)] == ["open", "pack", "close"]
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 def test_nothing_is_removed_while_it_cannot_be_known_what_an_unfinished_search_needs(tmp_path):
@@ -237,7 +247,7 @@ def test_a_crash_between_compressing_and_removing_leaves_one_journal(system):
     for file in files:
         (file.parent / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
     assert [journal.file for journal in system.journals()] == files
-    assert system.verify() == []
+    assert verify(system) == []
     collect(system, delete=True)
     assert [journal.file.suffix for journal in system.journals()] == [".gz"] * 4
 
@@ -263,7 +273,7 @@ def test_a_damaged_compressed_journal_is_named(system, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(DamagedError, match=f"could not read {file} .*restore the file from a copy"):
         read_journal(file)
-    assert any(str(file) in finding for finding in system.verify())
+    assert any(str(file) in finding for finding in verify(system))
 
 
 # Beside others
@@ -298,7 +308,7 @@ def test_whoever_is_about_to_name_what_was_stored_is_waited_for(tmp_path, monkey
     for thread in threads:
         thread.join()
     assert len(threads) > 60
-    assert system.verify() == []
+    assert verify(system) == []
     assert lineage_hash(system) == expected
 
 
@@ -322,20 +332,20 @@ def test_a_search_that_opens_is_waited_for_until_its_journal_says_what_it_saw(tm
     monkeypatch.setattr(Journal, "append", others_come_in_between)
     evolve_tasks(folder, "b", small_plan(rounds=1))
     collections[0].join()
-    assert System.open(folder).verify() == []
+    assert verify(System.open(folder)) == []
 
 
 def test_a_reader_is_waited_for(system):
     waits = threading.Event()
     done = []
-    with system.reading():
+    with system.locks.reading():
         thread = threading.Thread(target=lambda: done.append(collect(System.open(system.folder), delete=True, waits=waits.set)))
         thread.start()
         assert waits.wait(30)
         thread.join(0.1)
         assert done == []
         # Others may go on reading and storing; a collection that waits keeps nobody out.
-        with system.storing(), system.reading():
+        with system.locks.storing(), system.locks.reading():
             pass
     thread.join()
     assert len(done) == 1
@@ -361,7 +371,7 @@ def test_a_kill_while_paths_and_layers_go_leaves_no_path_without_its_layers(tmp_
             with pytest.raises(Killed):
                 collect(System.open(folder), delete=True)
         system = System.open(folder)
-        assert system.verify() == []
+        assert verify(system) == []
         assert lineage_hash(system) == expected
         collect(system, delete=True)
         assert lineage_hash(System.open(folder)) == expected

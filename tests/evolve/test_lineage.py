@@ -15,6 +15,7 @@ from evolve.journal import Journal, compressed_file, read_journal
 from evolve.lineage import lineage_hash, lineage_of
 from evolve.opening import recover_search
 from evolve.store import System
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 
@@ -124,7 +125,7 @@ def test_every_byte_of_a_layer_counts(whole, tmp_path):
 
 def test_what_was_set_aside_is_no_part_of_it(whole, tmp_path):
     system = _copy(whole, tmp_path)
-    with system.publishing():
+    with system.locks.publishing():
         system.remove_task("b")
     without = lineage_hash(system)
     assert without != lineage_hash(whole)
@@ -158,6 +159,20 @@ def test_what_is_whole_of_a_compressed_journal_is_gone_on_with(whole, tmp_path):
     assert lineage_hash(evolve_tasks(system.folder)) == lineage_hash(whole)
 
 
+def test_of_a_compressed_journal_that_cannot_be_read_no_copies_are_made(tmp_path):
+    with pytest.raises(Killed):
+        evolve_tasks(tmp_path / "system", trainer=MortalTrainer(6))
+    system = System.open(tmp_path / "system")
+    file = system.journal_file("a", 0)
+    compressed_file(file).write_bytes(gzip.compress(file.read_bytes())[:100])
+    file.unlink()
+    for _ in range(2):
+        with pytest.raises(DamagedError, match=r"could not read .*a-0001\.jsonl\.gz .* --restart starts the round"):
+            recover_search(system, "a")
+    assert system.removed_journals() == []
+    assert compressed_file(file).exists()
+
+
 def test_a_search_that_an_earlier_version_began_goes_on(tmp_path):
     """tests/golden/unfinished-search-1: task a closed, task b killed after five of eight children, both in format 1 without `reason`."""
     folder = pathlib.Path(shutil.copytree(GOLDEN / "unfinished-search-1", tmp_path / "system"))
@@ -171,5 +186,5 @@ def test_a_search_that_an_earlier_version_began_goes_on(tmp_path):
     trainer = FakeTrainer()
     system = evolve_tasks(folder, plan=small_plan(5, rounds=1, auto_tune=False), trainer=trainer)
     assert sum(len(plan.children) for plan in trainer.plans) == 3
-    assert system.verify() == []
+    assert verify(system) == []
     assert lineage_hash(system) == "a18014526610af2032e66f6a6f98d94e"

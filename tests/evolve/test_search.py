@@ -14,6 +14,7 @@ from evolve.journal import child_records, read_journal
 from evolve.layer import HEAD, LayerKind
 from evolve.search import SearchPlan, run_rounds
 from evolve.store import System
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, hash_quality, tiny_root
 
 
@@ -281,7 +282,7 @@ def test_publishing_never_changes_a_file_that_was_there(system):
     before |= {file: file.read_bytes() for file in system.folder.glob("paths/*.json")}
     _run(system, ["a", "b", "c"], _plan(rounds=2, mutation_rate=0.5))
     assert all(file.read_bytes() == content for file, content in before.items())
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 def test_same_seed_same_lineage_and_another_seed_another(tmp_path):
@@ -345,6 +346,10 @@ def test_a_killed_search_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, l
     assert sum(len(plan.children) for plan in trainer.plans) == 32 - lives
     # Children whose results were there already are told too, so that progress counts all of a search that goes on.
     assert len(observer.children) == 16 * len(observer.opened)
+    records = read_journal(broken.journal_file("ab"[lives // 16], 0))
+    seconds = [sum(child["seconds"].values()) for _, child in child_records(records)]
+    assert all(seconds)
+    assert records[-1]["seconds"]["reused"] == pytest.approx(sum(seconds[: lives % 16]))
 
 
 def test_a_search_that_was_killed_between_its_last_record_and_its_publication_publishes(system, monkeypatch):

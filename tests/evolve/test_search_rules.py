@@ -23,6 +23,7 @@ from evolve.sampling import derive_generator
 from evolve.search import SearchPlan, run_rounds
 from evolve.snapshot import Snapshot
 from evolve.store import System, TaskRecord
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, derive_path, tiny_root
 
 PLAN = SearchPlan(
@@ -335,7 +336,7 @@ def test_children_of_a_replaced_path_go_to_its_own_parent(tmp_path):
     _run(system, ["b"], _plan(), FakeTrainer(quality=lambda _, child: 1.0 if child.parent_id == system.root.id else 0.0))
     assert system.tasks()["b"].parent_id == system.root.id
     assert system.tasks()["c"].parent_id == a
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 def test_a_task_that_became_private_supplies_no_layers_to_those_that_descend_from_it(tmp_path):
@@ -439,7 +440,7 @@ def test_killed_at_any_write_a_search_ends_as_if_nothing_had_happened(tmp_path, 
                 break
         _run(System.open(system.folder), plan=plan, trainer=FakeTrainer(quality=newest_seed_wins))
         assert (_without_seconds(system), system.tasks()) == expected, f"killed before write {deadly}"
-        assert system.verify() == []
+        assert verify(system) == []
     assert killed_after > 50
 
 
@@ -489,7 +490,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_all_whole_and_the_search_goes_o
         assert not list(folder.rglob("*.part"))
         assert all(file.read_bytes()[-1:] in (b"", b"\n") for file in folder.rglob("*.jsonl")), "a torn line was left"
         system = System.open(folder) if System.exists(folder) else System.create(folder, tiny_root(), 32)
-        assert system.verify() == []
+        assert verify(system) == []
         _run(system, ["a", "b"], plan)
         assert (_without_seconds(system), system.tasks()) == expected, f"full after {room} writes"
     assert num_failures > 20
@@ -572,6 +573,6 @@ def test_a_parent_that_is_not_current_is_damage(tmp_path):
     _run(system, ["a"])
     file = system.folder / "tasks" / "a.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "parent_id": "0" * 32}))
-    assert any("parent of task 'a'" in finding for finding in system.verify())
+    assert any("parent of task 'a'" in finding for finding in verify(system))
     with pytest.raises(DamagedError, match="current for no task"):
         _run(system, ["b"])

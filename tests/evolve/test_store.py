@@ -13,6 +13,7 @@ from evolve import store
 from evolve.errors import BusyError, DamagedError, SystemFolderError
 from evolve.layer import HEAD, POS_EMBED, LayerKind, LayerSpec
 from evolve.store import System, TaskRecord
+from evolve.verification import verify
 from tests.support.fake_trainer import WIDTH, derive_path, tiny_root
 from tests.support.permissions import read_only
 
@@ -48,7 +49,7 @@ def test_what_was_created_opens_again(system):
     assert opened.root == system.root
     assert opened.id == system.id
     assert opened.root_source == {"source": "test"}
-    assert opened.verify() == []
+    assert verify(opened) == []
 
 
 def test_layers_are_stored_once_and_come_back_bit_by_bit(system):
@@ -67,7 +68,7 @@ def test_weights_in_another_memory_layout_are_the_same_layer(system):
     weights = np.arange(8, dtype=np.float32).reshape(2, 4)
     one = system.put_layer(SPEC, {"weight": weights})
     assert system.put_layer(SPEC, {"weight": np.asfortranarray(weights)}) == one
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 def test_resampled_position_embeddings_are_one_per_size_and_the_native_one_is_itself(system):
@@ -92,7 +93,7 @@ def test_verify_names_every_damaged_file(system):
     file.write_bytes(bytes(data))
     path_file = next((system.folder / "paths").glob("*.json"))
     path_file.write_text(path_file.read_text().replace('"image_size": 32', '"image_size": 48'))
-    findings = system.verify()
+    findings = verify(system)
     assert any(layer.id in finding for finding in findings)
     assert any("path" in finding and system.root.id in finding for finding in findings)
 
@@ -155,20 +156,20 @@ def test_two_processes_cannot_evolve_one_task(system):
     script = (
         "import pathlib, sys, time\n"
         "from evolve.store import System\n"
-        "with System.open(pathlib.Path(sys.argv[1])).evolving('digits'):\n"
+        "with System.open(pathlib.Path(sys.argv[1])).locks.evolving('digits'):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(system.folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "held"
-        with pytest.raises(BusyError, match="another process at work on task .digits."), system.evolving("digits"):
+        with pytest.raises(BusyError, match="another process at work on task .digits."), system.locks.evolving("digits"):
             pass
-        with system.evolving("other"):
+        with system.locks.evolving("other"):
             pass
         process.kill()
         process.wait()
-        with system.evolving("digits"):
+        with system.locks.evolving("digits"):
             pass
 
 
@@ -192,7 +193,7 @@ def test_nothing_but_whole_files_is_left_by_a_kill_while_writing(tmp_path):
         while len(list((folder / "layers").glob("*/*.safetensors"))) < 12:
             pass
         process.kill()
-    assert System.open(folder).verify() == []
+    assert verify(System.open(folder)) == []
 
 
 def test_two_processes_that_create_one_system_agree_on_one(tmp_path):
@@ -223,7 +224,7 @@ def test_two_processes_that_create_one_system_agree_on_one(tmp_path):
     opened = System.open(tmp_path / "system")
     assert f"{opened.id} {opened.root.id}" in outputs
     assert any("found a system in" in output for output in outputs)
-    assert opened.verify() == []
+    assert verify(opened) == []
 
 
 def test_an_unfinished_search_can_be_removed_too(system):
@@ -239,7 +240,7 @@ def test_verify_reads_the_journals(system):
     file = system.journal_file("a", 0)
     file.parent.mkdir()
     file.write_text("no record\n")
-    assert any("altered line 1" in finding for finding in system.verify())
+    assert any("altered line 1" in finding for finding in verify(system))
 
 
 def test_a_task_that_is_removed_while_tasks_are_read_is_left_out(system, monkeypatch):
@@ -265,7 +266,7 @@ def test_verify_finds_nothing_wrong_with_what_changes_meanwhile(system, monkeypa
         system.put_path(path)
     system.put_task(_record(system, "a", path_id=child.id, parent_id=parent.id))
     system.put_task(_record(system, "b", path_id=parent.id))
-    assert system.verify() == []
+    assert verify(system) == []
     is_closed = []
 
     def closed_at_last(self, file, read=System._read_task):
@@ -277,10 +278,10 @@ def test_verify_finds_nothing_wrong_with_what_changes_meanwhile(system, monkeypa
         return record
 
     monkeypatch.setattr(System, "_read_task", closed_at_last)
-    assert system.verify() == []
+    assert verify(system) == []
     assert system.tasks()["a"].parent_id == system.root.id
     system.put_task(_record(system, "a", path_id=child.id, parent_id=parent.id))
-    assert any("as the parent of task 'a'" in finding for finding in system.verify()), "a real fault would be found"
+    assert any("as the parent of task 'a'" in finding for finding in verify(system)), "a real fault would be found"
 
 
 def test_a_folder_that_nobody_may_look_into(system):
@@ -288,4 +289,4 @@ def test_a_folder_that_nobody_may_look_into(system):
         system.folder.chmod(0)
         with pytest.raises(SystemFolderError, match=f"could not read {system.folder} .Permission denied.; expected"):
             System.open(system.folder)
-    assert System.open(system.folder).verify() == []
+    assert verify(System.open(system.folder)) == []

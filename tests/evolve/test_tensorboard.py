@@ -76,9 +76,11 @@ def _check(system: System, folder: pathlib.Path, round_number: int = 0) -> None:
     assert list(shown["child/quality"].values()) == pytest.approx([row["quality"] for _, row in rows])
     assert list(shown["child/accounted_parameters"].values()) == pytest.approx([row["accounted_parameters"] for _, row in rows])
     assert list(shown["child/survived"].values()) == [float(row["survived"]) for _, row in rows]
-    assert list(shown["child/seconds"].values()) == [0.0] * 8
-    best = [max(row["score"] for _, row in rows[:step]) for step in steps]
-    assert list(shown["best/score"].values()) == pytest.approx(best)
+    assert list(shown["child/seconds"].values()) == [3.0] * 8
+    for name in ("score", "quality"):
+        # Of those that survived: what was dropped is never current.
+        best = [max((row[name] for _, row in rows[:step] if row["survived"]), default=0.0) for step in steps]
+        assert list(shown[f"best/{name}"].values()) == pytest.approx(best)
     rates = [plan["hyperparameters"]["learning_rate"] for plan, _ in rows]
     assert list(shown["hyperparameters/learning_rate"].values()) == pytest.approx(rates)
     assert shown["current/test_accuracy"] == {8: 0.5}

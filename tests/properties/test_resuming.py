@@ -15,6 +15,7 @@ from evolve.journal import read_journal
 from evolve.lineage import lineage_hash
 from evolve.opening import recover_search, restart_search
 from evolve.store import System
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 
@@ -99,7 +100,7 @@ def test_cut_anywhere_collected_and_killed_once_more(tmp_path_factory, finished,
         collect(System.open(folder), delete=True)
     system = evolve_tasks(folder, plan=_plan())
     assert lineage_hash(system) == expected
-    assert system.verify() == []
+    assert verify(system) == []
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -118,8 +119,8 @@ def test_with_any_bit_altered_what_is_whole_is_kept_and_the_end_is_the_same(
     system = System.open(folder)
     # Of a last line without its break nobody can say that it was ever finished.
     is_torn = at == len(data) - 1
-    assert bool(system.verify()) != is_torn
-    with system.evolving("b"):
+    assert bool(verify(system)) != is_torn
+    with system.locks.evolving("b"):
         aside = recover_search(system, "b")
     assert (aside is None) == is_torn
     if aside is not None:
@@ -136,12 +137,12 @@ def test_started_over_at_any_moment_it_ends_alike_if_the_system_is_as_it_was(tmp
         folder = tmp_path / str(length)
         _cut(unpublished, folder, length)
         system = System.open(folder)
-        with system.evolving("b"):
+        with system.locks.evolving("b"):
             aside = restart_search(system, "b")
         assert aside is not None
         assert aside.stat().st_size == length
         trainer = FakeTrainer()
         assert lineage_hash(evolve_tasks(folder, plan=_plan(), trainer=trainer)) == expected
         assert sum(len(plan.children) for plan in trainer.plans) == NUM_CHILDREN // 4
-        with system.evolving("b"):
+        with system.locks.evolving("b"):
             assert restart_search(system, "b") is None, "nothing is unfinished any more"

@@ -17,6 +17,7 @@ from evolve.path import ordered_positions
 from evolve.search import SearchPlan, run_rounds
 from evolve.store import System
 from evolve.summary import summarise
+from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, tiny_root
 
 PLANS = st.builds(
@@ -54,7 +55,7 @@ def test_invariants_of_a_system(plan: SearchPlan, tasks: list[tuple[int, bool]],
             run_rounds(system, [(task, FakeTrainer) for task in active[:count]], plan, QuietObserver())
             assert _files(system).items() >= before.items(), "a file that was there has changed or gone"
         assert _files(system).items() >= root_files.items()
-        assert system.verify() == []
+        assert verify(system) == []
         _check_paths(system, active)
         summary = summarise(system)
         assert sum(task.accounted_parameters for task in summary.tasks) == pytest.approx(summary.num_parameters)

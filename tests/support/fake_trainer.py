@@ -89,7 +89,7 @@ class FakeTrainer:
         trained = {
             layer.position: _weights(layer.spec, f"{training}/{layer.position}") for layer in child.layers if layer.trainable
         }
-        return ChildResult(child.index, (quality / 3, quality, quality / 2), 1, trained, 10, 1e3, 0.0, 0.0)
+        return ChildResult(child.index, (quality / 3, quality, quality / 2), 1, trained, 10, 1e3, 2.0, 1.0)
 
 
 def _weights(spec: LayerSpec, name: str) -> Tensors:

@@ -59,7 +59,7 @@ def make_search(*children: Child, **changes: Any) -> Search:
         "scale_factor": 1.0,
         "quality_before": None,
         "children": children,
-        "end": SearchEnd(best.path_id, best.quality, best.score, 0.5, 0.5, 3.0 * len(children) + 1.0),
+        "end": SearchEnd(best.path_id, best.quality, best.score, 0.5, 0.5, 3.0 * len(children) + 1.0, 0.0),
     }
     return Search(**{**values, **changes})
 

@@ -124,11 +124,13 @@ def test_a_system_is_reported_although_a_journal_of_a_closed_search_is_altered(t
     assert "altered line" in content.findings[0]
 
 
-def test_other_time_is_unknown_if_it_would_be_less_than_nothing():
-    search = make_search(make_child(0))
+def test_other_time_of_a_resumed_search_is_that_of_the_process_that_closed_it():
+    search = make_search(make_child(0), make_child(1))
     assert search.other_seconds == pytest.approx(0.5)
-    resumed = dataclasses.replace(search, end=dataclasses.replace(search.end, wall_seconds=1.0))
-    assert resumed.other_seconds is None
+    end = dataclasses.replace(search.end, wall_seconds=4.0, reused_seconds=search.children[0].seconds)
+    assert dataclasses.replace(search, end=end).other_seconds == pytest.approx(0.5)
+    end = dataclasses.replace(end, reused_seconds=None)
+    assert dataclasses.replace(search, end=end).other_seconds is None, "an earlier version did not say"
 
 
 # Leaderboard and baselines
@@ -183,7 +185,7 @@ def test_baselines_are_read_and_unfinished_ones_named(system, tmp_path):
     damaged = add_baseline(copied, "adapters:8", "digits")
     damaged.write_bytes(damaged.read_bytes().replace(b"quality", b"quantity"))
     baselines, findings = read_baselines(copied.folder)
-    assert [(base.method, base.family) for base in baselines] == [("finetune (tuned)", "finetune"), ("freeze:2", "freeze")]
+    assert [base.method for base in baselines] == ["finetune (tuned)", "freeze:2"]
     assert baselines[0].quality == 0.25
     assert baselines[1].train_seconds == 40.0
     assert len(findings) == 2
@@ -192,13 +194,23 @@ def test_baselines_are_read_and_unfinished_ones_named(system, tmp_path):
 
 
 def test_a_baseline_of_other_data_is_not_compared_with_the_search(tmp_path):
-    system = searched_system(tmp_path / "system", 1, children=8)
+    system = searched_system(tmp_path / "system", 1, children=16)
     for method, fingerprint in (("freeze:2", "f-digits"), ("finetune", "f-other")):
         add_baseline(system, method, "digits", data_fingerprint=fingerprint)
     content = read_content(system)
     assert [base.method for base in content.baselines] == ["freeze:2"]
     assert content.standings[0].rival.method == "freeze:2"
     assert content.findings == ("the baseline finetune of digits had other data than the search; it is left out",)
+
+
+def test_a_baseline_that_was_trained_shorter_than_the_search_is_named(tmp_path):
+    system = searched_system(tmp_path / "system", 1, children=8)
+    add_baseline(system, "freeze:2", "digits", num_trained_images=8 * 1280)
+    add_baseline(system, "finetune", "digits", num_trained_images=4 * 1280)
+    (finding,) = read_content(system).findings
+    assert finding == (
+        "the baseline finetune of digits was trained on 5,120 images and the search on 10,240: the comparison is not one of equal steps"
+    )
 
 
 def test_garbage_is_not_collected_between_one_look_and_the_next(tmp_path, monkeypatch):
@@ -208,7 +220,7 @@ def test_garbage_is_not_collected_between_one_look_and_the_next(tmp_path, monkey
         raise TimeoutError
 
     def look(*arguments):
-        with pytest.raises(TimeoutError), system.collecting(wait):
+        with pytest.raises(TimeoutError), system.locks.collecting(only_looks=False, waits=wait):
             pass
         return structure_of(*arguments)
 

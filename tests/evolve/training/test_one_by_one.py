@@ -24,7 +24,7 @@ DATA = easy_data()
 SETTINGS = TrainingSettings(threads=1, device="cpu")
 
 
-class Listener:
+class RecordingObserver:
     def __init__(self) -> None:
         self.heard: list[tuple[int, int, float]] = []
 
@@ -237,12 +237,12 @@ def test_a_hopeless_child_stops_and_costs_no_more(monkeypatch: pytest.MonkeyPatc
     plan = dataclasses.replace(plan, gains=(0.5, 0.25, 0.25, 0.0))
     answers = iter([0.2, 0.3, 0.3, 0.4, 0.2, 0.3])
     monkeypatch.setattr(one_by_one, "accuracy", lambda *_: next(answers))
-    listener = Listener()
-    first, second = train(plan, listener=listener)
+    observer = RecordingObserver()
+    first, second = train(plan, observer=observer)
     assert first.interval_qualities == (0.2, 0.3, 0.3, 0.4)
     assert second.interval_qualities == (0.2, 0.3)
     assert second.num_trained_images == first.num_trained_images / 2
-    assert listener.heard[4:] == [(1, 0, 0.2), (1, 1, 0.3)]
+    assert observer.heard[4:] == [(1, 0, 0.2), (1, 1, 0.3)]
 
 
 @pytest.mark.parametrize(("qualities", "best"), [((0.5, 0.7, 0.7, 0.6), 1), ((0.0, 0.0, 0.0, 0.0), 0), ((0.1, 0.2, 0.3, 0.4), 3)])
@@ -253,11 +253,11 @@ def test_keeps_the_weights_of_the_best_interval_the_earliest_on_ties(
     short = dataclasses.replace(full, length=dataclasses.replace(full.length, intervals=best + 1))
     monkeypatch.setattr(one_by_one, "accuracy", lambda predict, images, batch_parts: next(answers))
     answers = iter(qualities)
-    listener = Listener()
-    (result,) = train(full, listener=listener)
+    observer = RecordingObserver()
+    (result,) = train(full, observer=observer)
     assert result.best_interval == best
     assert result.interval_qualities == qualities
-    assert listener.heard == [(0, interval, quality) for interval, quality in enumerate(qualities)]
+    assert observer.heard == [(0, interval, quality) for interval, quality in enumerate(qualities)]
     answers = iter([*([0.0] * best), 1.0])
     (expected,) = train(short)
     assert np.array_equal(result.trained[HEAD]["weight"], expected.trained[HEAD]["weight"])
