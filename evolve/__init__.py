@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evolve.api import load_experiment, one_by_one, open_or_create, publish, remove_task, run, run_baselines, run_tasks
+    from evolve.api import default_trainer, load_experiment, open_or_create, publish, remove_task, run, run_baselines, run_tasks
     from evolve.baseline import BaselinePlan, Method
     from evolve.collecting import collect
     from evolve.config import (
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evolve.api": (
+        "default_trainer",
         "load_experiment",
-        "one_by_one",
         "open_or_create",
         "publish",
         "remove_task",
@@ -107,10 +107,10 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "collect",
+    "default_trainer",
     "lineage_hash",
     "load_experiment",
     "load_task",
-    "one_by_one",
     "open_or_create",
     "publish",
     "remove_task",

@@ -257,7 +257,7 @@ def run_tasks(
             images, as many as the plan says: shuffle them once and for all.
         plan: how to search.
         private: names of tasks whose layers are to serve no other task.
-        make_trainer: makes the trainer of a task when its turn comes; by default one that trains children one by one, with torch.
+        make_trainer: makes the trainer of a task when its turn comes; see `default_trainer`.
         observer: told what happens.
         on_closed: called with a task's name after each of its rounds.
 
@@ -274,7 +274,7 @@ def run_tasks(
     """
     listed = list(data)
     _check_own_data(listed)
-    make = make_trainer or one_by_one(plan.training)
+    make = make_trainer or default_trainer(plan.training)
     closed = []
 
     def finish(name: str) -> None:
@@ -309,24 +309,26 @@ def run_baselines(
     """
     listed = list(data)
     _check_own_data(listed)
-    make = make_trainer or one_by_one(plan.search.training)
+    make = make_trainer or default_trainer(plan.search.training)
     run_active_baselines(system, _active(system, listed, make, ()), method, plan, observer or SilentBaselineObserver())
 
 
-def one_by_one(training: TrainingSettings) -> MakeTrainer:
-    """Returns what makes the trainer that runs use by default: children one after another, with torch.
+def default_trainer(training: TrainingSettings) -> MakeTrainer:
+    """Returns what makes the trainer that runs use by default, with torch: children one after another, or in packs if the settings say so.
 
     Args:
-        training: device, precision and threads matter.
+        training: device, precision, threads and pack size matter.
 
     Raises:
         SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
     """
     from evolve.training.device import resolve_device
     from evolve.training.one_by_one import OneByOneTrainer
+    from evolve.training.together import TogetherTrainer
 
     resolve_device(training)
-    return lambda system, data: OneByOneTrainer(data, system.tensors, training)
+    kind = OneByOneTrainer if training.pack_size == 1 else TogetherTrainer
+    return lambda system, data: kind(data, system.tensors, training)
 
 
 def publish(

@@ -126,6 +126,7 @@ class TrainingSettings(Settings):
         device: `auto` takes CUDA if there is one.
         precision: `bf16` trains and validates under bfloat16 autocast; CUDA only.
         threads: CPU threads a child trains with; part of the result.
+        pack_size: children that are trained together, with what they share computed once; 1 trains one by one.
     """
 
     batch_size: Annotated[int, pydantic.Field(ge=1, le=65536)] = 256
@@ -135,6 +136,7 @@ class TrainingSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     threads: Threads = 2
+    pack_size: Annotated[int, pydantic.Field(ge=1, le=1024)] = 1
 
 
 class AnyTask(Settings):

@@ -82,6 +82,13 @@ def augment(images: torch.Tensor, sizes: torch.Tensor, draws: torch.Tensor, hype
     return pixels.mul(2).sub_(1).clamp_(-1, 1).permute(0, 2, 3, 1)
 
 
+def draws_nothing(hyperparameters: Hyperparameters) -> bool:
+    """Tells whether an image always comes out the same: nothing that is drawn changes it."""
+    wanted = hyperparameters
+    colours = (wanted.brightness, wanted.contrast, wanted.saturation, wanted.hue)
+    return wanted.crop_area_min >= 1 and not wanted.flip and not any(colours)
+
+
 def crop_boxes(sizes: torch.Tensor, draws: torch.Tensor, area_min: float, aspect_min: float) -> torch.Tensor:
     """Draws the box of each image's crop.
 

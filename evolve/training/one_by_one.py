@@ -52,7 +52,7 @@ class IntervalObserver(Protocol):
 
 
 @dataclasses.dataclass
-class _Record:
+class TrainingRecord:
     """What has been seen of a child's training so far."""
 
     qualities: list[float] = dataclasses.field(default_factory=list)
@@ -65,10 +65,10 @@ class _Record:
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
 
-    def keep(self, interval: int, quality: float, model: ChildModel) -> None:
-        """Notes an interval's quality, and its weights if no earlier interval was as good."""
+    def keep(self, interval: int, quality: float, trained: Callable[[], Mapping[Position, Tensors]]) -> None:
+        """Notes an interval's quality, and its weights, which `trained` gives, if no earlier interval was as good."""
         if self.best is None or quality > self.qualities[self.best_interval]:
-            self.best, self.best_interval = model.trained(), interval
+            self.best, self.best_interval = trained(), interval
         self.qualities.append(quality)
 
     def result(self, child: ChildPlan, tensors: Callable[[str], Tensors]) -> ChildResult:
@@ -137,18 +137,9 @@ class OneByOneTrainer:
             MemoryShortageError: a child does not fit into memory, not even one image at a time.
             ValueError: the plan is of another task, or a child cannot be built.
         """
-        if plan.task != self._data.name:
-            raise ValueError(f"found a plan for task {plan.task!r}, expected one for {self._data.name!r}")
+        self._check(plan)
         for child in plan.children:
-            with repeatable(self._settings.threads):
-                result = in_parts_that_fit(
-                    functools.partial(self._train_child, plan, child),
-                    self._make_room,
-                    max(plan.length.batch_size, EVALUATION_BATCH),
-                    f"child {child.index} of {plan.task}, generation {plan.index}, with images of "
-                    f"{child.hyperparameters.image_size} pixels a side, on {self._device}",
-                )
-            yield PackResult((result,))
+            yield PackResult((self._train_alone(plan, child),))
 
     def examine(self, path: Path) -> Examples:
         """See Trainer.examine.
@@ -166,6 +157,20 @@ class OneByOneTrainer:
                     f"the test of {self._data.name} on {self._device}",
                 )
         return Examples(test_accuracy, self._data.validation.resized(path.hyperparameters.image_size, NUM_EXAMPLES))
+
+    def _check(self, plan: GenerationPlan) -> None:
+        if plan.task != self._data.name:
+            raise ValueError(f"found a plan for task {plan.task!r}, expected one for {self._data.name!r}")
+
+    def _train_alone(self, plan: GenerationPlan, child: ChildPlan) -> ChildResult:
+        with repeatable(self._settings.threads):
+            return in_parts_that_fit(
+                functools.partial(self._train_child, plan, child),
+                self._make_room,
+                max(plan.length.batch_size, EVALUATION_BATCH),
+                f"child {child.index} of {plan.task}, generation {plan.index}, with images of "
+                f"{child.hyperparameters.image_size} pixels a side, on {self._device}",
+            )
 
     def _make_room(self) -> None:
         """Drops the images that are held; from now on they are loaded to the host's memory."""
@@ -191,7 +196,7 @@ class OneByOneTrainer:
         bf16 = self._settings.precision == "bf16"
         model = ChildModel(child, self._tensors, self._device, bf16=bf16, batch_parts=parts)
         order = BatchOrder(len(training), length.batch_size, plan.data_seed)
-        record = _Record(batch_parts=parts)
+        record = TrainingRecord(batch_parts=parts)
         for interval in range(length.intervals):
             # Weights that are not finite stay so: nothing is gained by training on.
             if record.finite:
@@ -202,7 +207,7 @@ class OneByOneTrainer:
                 record.train_seconds += time.perf_counter() - started
             if record.finite:
                 started = time.perf_counter()
-                record.keep(interval, accuracy(model.predict, validation, parts), model)
+                record.keep(interval, accuracy(model.predict, validation, parts), model.trained)
                 record.num_validated += len(validation)
                 record.evaluate_seconds += time.perf_counter() - started
             else:

@@ -35,6 +35,14 @@ class MomentumOptimiser:
         self._nesterov = nesterov
         self._traces: list[torch.Tensor] | None = None
 
+    def rebind(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Goes on with the same parameters in another place.
+
+        Args:
+            parameters: of the same values, in the same order.
+        """
+        self._parameters = list(parameters)
+
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         """Takes one step.
