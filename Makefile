@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-serve bench-search bench-characters bench-kills bench-early-stop format proto clean
+.PHONY: help demo test check bench-serve bench-search bench-characters bench-kills bench-early-stop bench-train format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-kills: $(READY) ## Measure Q5: what ten kills cost a search beside the wor
 
 bench-early-stop: $(READY) ## Measure what early judgement saves, and at what loss (20 minutes)
 	@$(BIN)/python -m benchmarks.early_stop --results benchmarks/results
+
+bench-train: $(READY) ## Measure T1 to T5: children trained together beside one by one (10 minutes)
+	@$(BIN)/python -m benchmarks.train --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .

@@ -102,6 +102,19 @@ def test_kills(tmp_path):
     assert len(set(hashes.values())) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_train(tmp_path):
+    lines = smoke("train", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"T1", "T2", "T3", "T4", "T5"}
+    assert figures["T4"]["met"]
+    first, second = (next(line for line in lines if line["figure"] == name) for name in ("T1", "T2"))
+    # 16 heads cost next to nothing; two epochs of the frozen two of three blocks become one, and those of 16 children those of one.
+    assert 14 < first["bound"] < 16
+    assert 1.5 < second["bound"] < 2
+
+
 def test_a_target_says_whether_it_is_met():
     assert Target(">=", 0.85).is_met(0.85)
     assert not Target(">=", 0.85).is_met(0.84)

@@ -62,14 +62,17 @@ def versions() -> dict[str, str]:
     return {**found, "machine": f"{platform.system()} {platform.machine()}"}
 
 
-def search(folder: pathlib.Path, environment: Mapping[str, str] = HELD) -> dict[str, Any]:
+def search(
+    folder: pathlib.Path, environment: Mapping[str, str] = HELD, experiment: pathlib.Path = FOLDER / "experiment.toml"
+) -> dict[str, Any]:
     """Runs the search in a process of its own and returns what its journals say and where it ended.
 
     Args:
         folder: of the system, to be made.
         environment: what the process gets beside everything else.
+        experiment: what to run.
     """
-    command = [sys.executable, "-m", "evolve.cli", "run", str(FOLDER / "experiment.toml"), "--system", str(folder)]
+    command = [sys.executable, "-m", "evolve.cli", "run", str(experiment), "--system", str(folder)]
     surroundings = {**os.environ, "PYTHONPATH": str(TOP), **environment}
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.golden.record_search import (
+    FOLDER,
     HELD,
     LIBRARIES,
     NARROWEST,
@@ -40,6 +41,15 @@ def test_the_recorded_search_comes_out_again(tmp_path: pathlib.Path, recorded: A
         f"the recorded search came out otherwise in {len(differing)} places, expected the same {how}. A change that alters results on "
         "purpose needs a decision record; then record anew: python -m tests.golden.record_search\n" + "\n".join(differing[:20])
     )
+
+
+def test_children_trained_together_come_to_the_same_decisions(tmp_path: pathlib.Path, recorded: Any) -> None:
+    experiment = tmp_path / "experiment.toml"
+    text = (FOLDER / "experiment.toml").read_text()
+    packed = text.replace("[training]\n", "[training]\npack_size = 4\n")
+    assert packed != text
+    experiment.write_text(packed.replace('"root.safetensors"', f'"{FOLDER / "root.safetensors"}"'))
+    assert differences(recorded, search(tmp_path / "system", experiment=experiment), exact=False) == []
 
 
 def test_it_was_recorded_with_the_pinned_libraries(recorded: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
@@ -50,6 +51,7 @@ def _shorter(child: ChildPlan) -> ChildPlan:
     return dataclasses.replace(child, layers=tuple(layer for layer in child.layers if layer.position != block_position(1)))
 
 
+@functools.cache
 def one_by_one(plan: GenerationPlan) -> list[ChildResult]:
     return [one for pack in OneByOneTrainer(DATA, ROOT.stored.__getitem__, SETTINGS).train(plan) for one in pack.children]
 
