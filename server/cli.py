@@ -34,6 +34,8 @@ from server.preprocessing import Preprocessor
 from server.reload import Reloader
 from server.repository import Repository
 from server.results import Classification, ServerStatus
+from server.triton.environment import DEFAULT_FOLDER
+from server.triton.environment import install as install_triton
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+triton_app = typer.Typer(help="Runs a real Triton on a model repository.", no_args_is_help=True)
+app.add_typer(triton_app, name="triton")
 
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
 DeviceOption = Annotated[
@@ -259,6 +264,15 @@ def reload_(
     with AdminClient(admin) as client:
         answer = client.reload(timeout_seconds=timeout)
     print(f"serving generation {answer.generation}" + ("" if answer.changed else ", as before"))
+
+
+@triton_app.command()
+def install(
+    into: Annotated[pathlib.Path, typer.Option(help="A new or empty folder, or one that this command made.")] = DEFAULT_FOLDER,
+) -> None:
+    """Makes the environment that a real Triton runs in, from the package index; once, in some seconds."""
+    environment = install_triton(into)
+    print(f"Triton's environment in {environment.folder} is ready")
 
 
 def _check_address_option(option: str, address: str) -> None:

@@ -12,6 +12,9 @@
     │   ├── SegmentRunError         a segment failed on some rows
     │   ├── NotLoadedError          the generation is not loaded
     │   └── EngineClosedError       the engine is closing or closed
+    ├── TritonError                 a Triton of ours that cannot run
+    │   ├── TritonEnvironmentError  the environment that it runs in is missing or cannot be made
+    │   └── TritonProcessError      tritonserver did not start, or ended
     ├── RequestError                a request that cannot be answered as it stands
     │   ├── UnknownTaskError        no such task is served
     │   ├── ImageRefusedError       an image that cannot be used
@@ -205,6 +208,47 @@ class EngineClosedError(EngineError):
 
     def __init__(self) -> None:
         super().__init__("the engine is closed and answers no more; ask another server")
+
+
+class TritonError(ServerError):
+    """A Triton of ours that cannot run."""
+
+
+class TritonEnvironmentError(TritonError):
+    """The environment that Triton runs in is missing or cannot be made.
+
+    Attributes:
+        folder: where it should be.
+        found: what is there.
+        expected: what should be there.
+        advice: what to do.
+    """
+
+    def __init__(self, folder: pathlib.Path, found: str, expected: str, advice: str) -> None:
+        self.folder = folder
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        super().__init__(f"Triton's environment {str(folder)!r}: found {found}, expected {expected}; {advice}")
+
+
+class TritonProcessError(TritonError):
+    """tritonserver did not start, or ended.
+
+    Attributes:
+        found: what happened.
+        expected: what should have happened.
+        log: its log; kept.
+        lines: the end of the log, or what of it says why.
+    """
+
+    def __init__(self, found: str, expected: str, log: pathlib.Path, lines: Sequence[str]) -> None:
+        self.found = found
+        self.expected = expected
+        self.log = log
+        self.lines = tuple(lines)
+        shown = "".join(f"\n  {line}" for line in self.lines)
+        super().__init__(f"tritonserver: found {found}, expected {expected}; its log is {log} and says:{shown}")
 
 
 class RequestError(ServerError):

@@ -1,0 +1,52 @@
+"""A real Triton for tests: the environment that `make triton` makes, and calls without the code under test."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from server.triton.environment import TritonEnvironment, find_environment
+from tests.support.processes import TOP
+
+_TYPES = {"uint8": "UINT8", "float32": "FP32", "float16": "FP16"}
+
+
+def environment() -> TritonEnvironment:
+    return find_environment(TOP / ".triton")
+
+
+class Caller:
+    """Plain calls of KServe v2 over gRPC."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def load(self, *models: str) -> None:
+        for model in models:
+            self.stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name=model), timeout=60)
+
+    def infer(self, model: str, tensor: np.ndarray, name: str = "image", timeout: float = 20) -> dict[str, np.ndarray]:
+        return read_response(self.stub.ModelInfer(make_request(model, tensor, name), timeout=timeout))
+
+
+def make_request(model: str, tensor: np.ndarray, name: str = "image") -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[tensor.tobytes()])
+    request.inputs.add(name=name, datatype=_TYPES[tensor.dtype.name], shape=tensor.shape)
+    return request
+
+
+def read_response(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
+    return {
+        output.name: np.frombuffer(content, np.float32).reshape(list(output.shape))
+        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
