@@ -11,7 +11,12 @@
     │   ├── SegmentLoadError        a segment cannot be loaded
     │   ├── SegmentRunError         a segment failed on some rows
     │   ├── NotLoadedError          the generation is not loaded
-    │   └── EngineClosedError       the engine is closing or closed
+    │   ├── EngineClosedError       the engine is closing or closed
+    │   └── EndpointError           a Triton elsewhere did not do what it was asked
+    │       ├── EndpointGoneError       it does not answer, or not in time
+    │       ├── ModelMissingError       it does not hold a model
+    │       ├── ModelDeadError          the process that runs a model there is dead
+    │       └── ModelFailedError        it says that a model cannot be loaded or failed
     ├── TritonError                 a Triton of ours that cannot run
     │   ├── TritonEnvironmentError  the environment that it runs in is missing or cannot be made
     │   └── TritonProcessError      tritonserver did not start, or ended
@@ -23,6 +28,7 @@
     ├── DeadlineError               the caller's deadline passed before the answer was there
     ├── OverloadedError             too much waits
     ├── UnavailableError            the server answers nothing now
+    │   └── NoEndpointError         no Triton computes these tasks now
     └── CallError                   what a client learns when its call fails
         ├── CallRefusedError        the server refused the request (its fault lies in the request)
         │   └── TaskNotFoundError   no such task is served
@@ -210,6 +216,36 @@ class EngineClosedError(EngineError):
         super().__init__("the engine is closed and answers no more; ask another server")
 
 
+class EndpointError(EngineError):
+    """A Triton elsewhere did not do what it was asked.
+
+    Attributes:
+        endpoint: its address.
+        reason: what it said, or what was found.
+    """
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint = endpoint
+        self.reason = reason
+        super().__init__(f"Triton at {endpoint}: {reason}")
+
+
+class EndpointGoneError(EndpointError):
+    """It does not answer, or not in time."""
+
+
+class ModelMissingError(EndpointError):
+    """It does not hold a model."""
+
+
+class ModelDeadError(EndpointError):
+    """The process that runs a model there is dead."""
+
+
+class ModelFailedError(EndpointError):
+    """It says that a model cannot be loaded or failed."""
+
+
 class TritonError(ServerError):
     """A Triton of ours that cannot run."""
 
@@ -352,6 +388,27 @@ class UnavailableError(ServerError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"this server answers nothing now: found it {reason}, expected it serving; ask another one")
+
+
+class NoEndpointError(UnavailableError):
+    """No Triton computes these tasks now.
+
+    Attributes:
+        tasks: what was asked.
+        reasons: for each endpoint, what is wrong with it.
+    """
+
+    NUM_SHOWN = 5
+
+    def __init__(self, tasks: Sequence[str], reasons: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        self.reasons = tuple(reasons)
+        shown = "; ".join(reason[:300] for reason in self.reasons[: self.NUM_SHOWN])
+        rest = len(self.reasons) - self.NUM_SHOWN
+        super().__init__(
+            f"without a Triton that computes {', '.join(self.tasks[: self.NUM_SHOWN])} "
+            f"({shown}{f'; and {rest} more' if rest > 0 else ''})"
+        )
 
 
 class CallError(ServerError):
