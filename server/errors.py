@@ -13,7 +13,8 @@
     │   ├── NotLoadedError          the generation is not loaded
     │   ├── EngineClosedError       the engine is closing or closed
     │   └── EndpointError           a Triton elsewhere did not do what it was asked
-    │       ├── EndpointGoneError       it does not answer, or not in time
+    │       ├── EndpointGoneError       it does not answer
+    │       │   └── EndpointSilentError     it took the call and says nothing
     │       ├── ModelMissingError       it does not hold a model
     │       ├── ModelDeadError          the process that runs a model there is dead
     │       └── ModelFailedError        it says that a model cannot be loaded or failed
@@ -231,7 +232,11 @@ class EndpointError(EngineError):
 
 
 class EndpointGoneError(EndpointError):
-    """It does not answer, or not in time."""
+    """It does not answer."""
+
+
+class EndpointSilentError(EndpointGoneError):
+    """It took the call and says nothing."""
 
 
 class ModelMissingError(EndpointError):

@@ -1,0 +1,48 @@
+"""Asking a Triton and waiting, for rehearsals and probes: nothing of it counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from server.engine import Logits
+from server.errors import ModelFailedError
+from server.triton.counters import Counters
+from server.triton.endpoint import Endpoint, Images, to_request
+from server.triton.plans import Plan
+
+
+def ask(endpoint: Endpoint, counters: Counters, plan: Plan, images: Images, timeout_seconds: float) -> Logits:
+    """Asks and waits.
+
+    Args:
+        endpoint: whom.
+        counters: where it is noted as not to be counted.
+        plan: what.
+        images: [images, size, size, 3] uint8.
+        timeout_seconds: of each request; as many images go into one as the plan allows.
+
+    Raises:
+        EndpointError: it did not work.
+    """
+    parts = []
+    for start in range(0, len(images), plan.max_rows):
+        part = rows = images[start : start + plan.max_rows]
+        try:
+            logits = endpoint.ask(to_request(plan.ensemble, part, plan.outputs.values()), timeout_seconds)
+        except ModelFailedError:
+            # A stranger's row may have run in the same batch: once more, alone.
+            rows = filled_up(part, plan.max_rows)
+            logits = endpoint.ask(to_request(plan.ensemble, rows, plan.outputs.values()), timeout_seconds)
+        counters.answered(plan.tree, len(rows), len(rows))
+        parts.append({output: values[: len(part)] for output, values in logits.items()})
+    return {name: np.concatenate([part[output] for part in parts]) for name, output in plan.outputs.items()}
+
+
+def filled_up(images: Images, num_rows: int) -> Images:
+    """Returns so many images, the given ones over and over: a full batch is joined by nobody else's rows.
+
+    Args:
+        images: [images, size, size, 3], at least one.
+        num_rows: how many to return.
+    """
+    return images[np.arange(num_rows) % len(images)]
