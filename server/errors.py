@@ -20,7 +20,8 @@
     │       └── ModelFailedError        it says that a model cannot be loaded or failed
     ├── TritonError                 a Triton of ours that cannot run
     │   ├── TritonEnvironmentError  the environment that it runs in is missing or cannot be made
-    │   └── TritonProcessError      tritonserver did not start, or ended
+    │   ├── TritonProcessError      tritonserver did not start, or ended
+    │   └── SharedMemoryError       too little shared memory
     ├── RequestError                a request that cannot be answered as it stands
     │   ├── UnknownTaskError        no such task is served
     │   ├── ImageRefusedError       an image that cannot be used
@@ -290,6 +291,27 @@ class TritonProcessError(TritonError):
         self.lines = tuple(lines)
         shown = "".join(f"\n  {line}" for line in self.lines)
         super().__init__(f"tritonserver: found {found}, expected {expected}; its log is {log} and says:{shown}")
+
+
+class SharedMemoryError(TritonError):
+    """There is too little shared memory for Triton's Python backend.
+
+    Attributes:
+        folder: where it is.
+        free: bytes free.
+        least: bytes without which the segments do not even load.
+        num_segments: how many there are.
+    """
+
+    def __init__(self, folder: pathlib.Path, free: int, least: int, num_segments: int) -> None:
+        self.folder = folder
+        self.free = free
+        self.least = least
+        self.num_segments = num_segments
+        super().__init__(
+            f"shared memory {str(folder)!r}: found {free / 2**20:.1f} MiB free, expected at least {least / 2**20:.1f} MiB for "
+            f"{num_segments} segments; give it more (docker run --shm-size, or a larger tmpfs) or remove what else is there"
+        )
 
 
 class RequestError(ServerError):

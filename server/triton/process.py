@@ -84,7 +84,7 @@ class TritonProcess:
         arguments: Sequence[str] = (),
     ) -> None:
         self._environment = environment
-        self._repository = repository
+        self._repository = repository.resolve()
         self._wanted = addresses
         self._threads = threads
         self._arguments = tuple(arguments)
@@ -103,6 +103,12 @@ class TritonProcess:
     def is_running(self) -> bool:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in words."""
+        status = self._process.poll() if self._process is not None else None
+        return "nothing, it runs" if status is None else f"signal {-status}" if status < 0 else f"exit status {status}"
 
     def start(self) -> None:
         """Starts it, again if it ended, at the same addresses, and waits until it takes requests.
@@ -133,6 +139,12 @@ class TritonProcess:
             self._end()
             raise
 
+    def connect(self) -> grpc.Channel:
+        """Returns a gRPC channel to it, which also outlives its restarts. Whoever asks for it closes it."""
+        # gRPC waits longer after each failed try to connect: at first a second, in which Triton could have been ready.
+        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+        return grpc.insecure_channel(self.addresses.grpc, options)
+
     def stop(self) -> int:
         """Ends it, kindly at first, and removes what it left; returns its exit status, negative for a signal."""
         status = 0
@@ -149,21 +161,13 @@ class TritonProcess:
             self.log.unlink(missing_ok=True)
         return status
 
-    def failure(self, expected: str, offset: int = 0) -> TritonProcessError:
-        """Returns the error that says how it ended.
-
-        Args:
-            expected: what should have happened.
-            offset: byte of the log from which on it concerns this.
-        """
-        status = self._process.poll() if self._process is not None else None
-        found = "it running" if status is None else f"signal {-status}" if status < 0 else f"exit status {status}"
+    def _failure(self, expected: str, offset: int) -> TritonProcessError:
         with self.log.open("rb") as stream:
             stream.seek(offset)
             lines = stream.read().decode(errors="replace").splitlines()
         # Errors say more than the tables of settings that Triton ends its log with.
         errors = [line for line in lines if line.startswith(("E", "error", "Error"))]
-        return TritonProcessError(found, expected, self.log, (errors or lines)[-_NUM_LINES:])
+        return TritonProcessError(self.outcome, expected, self.log, (errors or lines)[-_NUM_LINES:])
 
     def _command(self, prefix: str) -> list[str]:
         command = [
@@ -187,16 +191,14 @@ class TritonProcess:
 
     def _await_ready(self, offset: int) -> None:
         deadline = time.monotonic() + START_SECONDS
-        # gRPC waits longer after each failed try to connect: at first a second, in which Triton could have been ready.
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
-        with grpc.insecure_channel(self.addresses.grpc, options) as channel:
+        with self.connect() as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             while self.is_running and time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
                     # Whoever answers at this address: if it were another, ours would have ended.
                     if stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1.0, wait_for_ready=True).ready:
                         return
-        raise self.failure(f"a server that is ready within {START_SECONDS:.0f} s", offset)
+        raise self._failure(f"a server that is ready within {START_SECONDS:.0f} s", offset)
 
     def _end(self) -> int:
         """Kills what runs of it, removes what that left; returns its exit status."""

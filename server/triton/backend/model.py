@@ -41,6 +41,13 @@ class TritonPythonModel:
             pathlib.Path(args["model_repository"]) / args["model_version"] / (config["default_model_filename"] or "model.onnx")
         )
         self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        for kind, wanted, tensors in (
+            ("input", self._inputs, self._session.get_inputs()),
+            ("output", self._outputs, self._session.get_outputs()),
+        ):
+            found = [tensor.name for tensor in tensors]
+            if not set(wanted) <= set(found):
+                raise triton.TritonModelException(f"{model}: found {kind}s {found}, expected those of config.pbtxt, {wanted}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers requests that Triton hands over together; those of the same shapes run as one batch.
