@@ -17,6 +17,7 @@
     │       │   └── EndpointSilentError     it took the call and says nothing
     │       ├── ModelMissingError       it does not hold a model
     │       ├── ModelDeadError          the process that runs a model there is dead
+    │       ├── ModelSilentError        a model there says nothing, while others answer
     │       └── ModelFailedError        it says that a model cannot be loaded or failed
     ├── TritonError                 a Triton of ours that cannot run
     │   ├── TritonEnvironmentError  the environment that it runs in is missing or cannot be made
@@ -246,6 +247,10 @@ class ModelMissingError(EndpointError):
 
 class ModelDeadError(EndpointError):
     """The process that runs a model there is dead."""
+
+
+class ModelSilentError(EndpointError):
+    """A model there says nothing, while others answer."""
 
 
 class ModelFailedError(EndpointError):

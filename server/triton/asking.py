@@ -6,9 +6,14 @@ import numpy as np
 
 from server.engine import Logits
 from server.errors import ModelFailedError
+from server.generation import ANY, Segment
+from server.questions import Branch, RouteTree
 from server.triton.counters import Counters
 from server.triton.endpoint import Endpoint, Images, to_request
 from server.triton.plans import Plan
+
+_NUM_TOKENS = 2
+"""Of a row of zeros, where any number goes: not 1, which exporters like to treat as a case of its own."""
 
 
 def ask(endpoint: Endpoint, counters: Counters, plan: Plan, images: Images, timeout_seconds: float) -> Logits:
@@ -36,6 +41,24 @@ def ask(endpoint: Endpoint, counters: Counters, plan: Plan, images: Images, time
         counters.answered(plan.tree, len(rows), len(rows))
         parts.append({output: values[: len(part)] for output, values in logits.items()})
     return {name: np.concatenate([part[output] for part in parts]) for name, output in plan.outputs.items()}
+
+
+def ask_segment(endpoint: Endpoint, counters: Counters, segment: Segment, timeout_seconds: float) -> None:
+    """Has a segment run a row of zeros, without the others of any route.
+
+    Args:
+        endpoint: whom to ask.
+        counters: where it is noted as not to be counted.
+        segment: which.
+        timeout_seconds: what it may take.
+
+    Raises:
+        EndpointError: it did not work.
+    """
+    row = np.zeros([1, *(_NUM_TOKENS if size == ANY else size for size in segment.input.shape)], segment.input.data_type)
+    endpoint.ask(to_request(segment.name, row, [segment.output.name], segment.input.name), timeout_seconds)
+    branch = Branch(segment.name)
+    counters.answered(RouteTree((branch,), (branch,)), 1, 1)
 
 
 def filled_up(images: Images, num_rows: int) -> Images:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import numpy as np
@@ -30,7 +31,9 @@ from server.errors import (
 CALL_SECONDS = 10.0
 """What a call may take that neither computes nor loads."""
 
+_SILENCE = "no answer to {what} within {seconds:g} s"
 _HEADER_OF_KEY = "triton-grpc-protocol-{name}"
+_TRITON_TYPES = {"uint8": "UINT8", "float32": "FP32", "float16": "FP16"}
 _LOGIT_TYPES = {"FP32": np.float32, "FP16": np.float16}
 _OPTIONS = (
     # The front door bounds what it takes; what it took must get through.
@@ -115,14 +118,19 @@ class ModelCounts:
     executions: int
 
 
-class InferCall(Protocol):
-    """An inference on its way."""
+def _channel(address: str, access: Access) -> grpc.Channel:
+    if access.credentials is None:
+        return grpc.insecure_channel(address, access.options)
+    return grpc.secure_channel(address, access.credentials, access.options)
 
-    def cancel(self) -> bool:
-        """Ends it; Triton drops what has not run."""
 
-    def add_done_callback(self, done: Callable[[Any], None]) -> None:
-        """Has `done` called once with the call, in a thread of gRPC."""
+class _Connections:
+    """One for inferences, which must not be cancelled, and one for all else."""
+
+    def __init__(self, address: str, access: Access) -> None:
+        self.inference, self.control = (_channel(address, access) for _ in range(2))
+        self.infer = service_pb2_grpc.GRPCInferenceServiceStub(self.inference).ModelInfer
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.control)
 
 
 class Endpoint:
@@ -138,35 +146,43 @@ class Endpoint:
         self._access = access
         self._lock = threading.Lock()
         self._closed = False
-        self._channel, self._stub = self._connect()
+        self._connections = _Connections(self.address, self._access)
 
     def reconnect(self) -> None:
-        """Gives up the connection and every call on it, and makes another."""
+        """Makes new connections. Calls on the old ones fail, but for inferences, which nobody awaits any more."""
         with self._lock:
             if self._closed:
                 return
-            old = self._channel
-            self._channel, self._stub = self._connect()
-        old.close()
+            old = self._connections
+            self._connections = _Connections(self.address, self._access)
+        # That of inferences is let go and closes itself when its last call is done: see `infer`.
+        old.control.close()
 
     def close(self) -> None:
-        """Gives up the connection and every call on it. Calls fail from now on."""
+        """Gives up the connections and every call on them. Calls fail from now on."""
         with self._lock:
             self._closed = True
-        self._channel.close()
+        self._connections.control.close()
+        self._connections.inference.close()
 
-    def infer(self, request: service_pb2.ModelInferRequest, timeout_seconds: float | None) -> InferCall:
-        """Starts an inference. `read_answer` makes the logits or an error of the finished call.
+    def infer(self, request: service_pb2.ModelInferRequest, done: Callable[[Any], None]) -> None:
+        """Starts an inference, which is neither cancelled nor has a deadline.
+
+        A client that leaves an ensemble with steps side by side takes Triton down with it: at once in 2.51 (of the wheel), now and then in
+        the versions up to spring 2026.
+
+        Args:
+            request: what to infer.
+            done: called once with the finished call, in a thread of gRPC; `read_answer` makes logits or an error of it.
 
         Raises:
             EndpointGoneError: closed.
         """
         try:
-            call: InferCall = self._stub.ModelInfer.future(request, timeout=timeout_seconds, metadata=self._access.metadata)
+            self._connections.infer.future(request, metadata=self._access.metadata).add_done_callback(done)
         except ValueError as error:
             # What grpc says on a closed channel.
             raise EndpointGoneError(self.address, str(error)) from error
-        return call
 
     def ask(self, request: service_pb2.ModelInferRequest, timeout_seconds: float) -> dict[str, npt.NDArray[np.float32]]:
         """Infers and waits.
@@ -174,7 +190,13 @@ class Endpoint:
         Raises:
             EndpointError: it did not work.
         """
-        return to_logits(self._call("ModelInfer", request, timeout_seconds))
+        finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.infer(request, finished.put)
+        try:
+            call = finished.get(timeout=timeout_seconds)
+        except queue.Empty:
+            raise EndpointSilentError(self.address, _SILENCE.format(what="inference", seconds=timeout_seconds)) from None
+        return self.read_answer(call)
 
     def version(self) -> str:
         """Returns Triton's version.
@@ -243,43 +265,37 @@ class Endpoint:
         try:
             return to_logits(call.result())
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            raise self._error(error, "inference") from error
-
-    def _connect(self) -> tuple[grpc.Channel, Any]:
-        access = self._access
-        if access.credentials is None:
-            channel = grpc.insecure_channel(self.address, access.options)
-        else:
-            channel = grpc.secure_channel(self.address, access.credentials, access.options)
-        return channel, service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            raise self._error(error, "no answer to inference") from error
 
     def _call(self, method: str, request: Any, timeout_seconds: float) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=timeout_seconds, metadata=self._access.metadata)
+            return getattr(self._connections.stub, method)(request, timeout=timeout_seconds, metadata=self._access.metadata)
         except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
-            raise self._error(error, f"{method} within {timeout_seconds:g} s") from error
+            raise self._error(error, _SILENCE.format(what=method, seconds=timeout_seconds)) from error
 
-    def _error(self, error: Exception, what: str) -> EndpointError:
+    def _error(self, error: Exception, silence: str) -> EndpointError:
         if not isinstance(error, grpc.Call):
             return EndpointGoneError(self.address, str(error) or "the call was cancelled")
         status, words = error.code(), _legible(error.details() or "")
         for code, fragment, kind in _ERRORS:
             if code in (None, status) and fragment in words:
-                reason = f"no answer to {what}" if kind is EndpointSilentError else f"{words} ({status.name})"
-                return kind(self.address, reason)
+                return kind(self.address, silence if kind is EndpointSilentError else f"{words} ({status.name})")
         raise AssertionError("the last line of the table fits everything")
 
 
-def to_request(model: str, images: Images, outputs: Iterable[str]) -> service_pb2.ModelInferRequest:
-    """Returns what asks an ensemble.
+def to_request(
+    model: str, rows: npt.NDArray[Any], outputs: Iterable[str], input_name: str = "image"
+) -> service_pb2.ModelInferRequest:
+    """Returns what asks a model.
 
     Args:
-        model: the ensemble.
-        images: [images, size, size, 3] uint8.
-        outputs: names of the logits that are wanted. Triton does not run what leads to others only.
+        model: an ensemble, or a segment.
+        rows: what goes in, [rows, ...] uint8, float32 or float16.
+        outputs: names of what is wanted. Triton does not run what leads to others only.
+        input_name: name of what goes in.
     """
-    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[images.tobytes()])
-    request.inputs.add(name="image", datatype="UINT8", shape=images.shape)
+    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[rows.tobytes()])
+    request.inputs.add(name=input_name, datatype=_TRITON_TYPES[rows.dtype.name], shape=rows.shape)
     for output in outputs:
         request.outputs.add(name=output)
     return request

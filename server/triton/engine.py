@@ -7,12 +7,14 @@ changes nothing, so what a Triton that died was asked is asked of another one.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import heapq
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +24,10 @@ from server.errors import (
     DeadlineError,
     EndpointError,
     EndpointGoneError,
-    EndpointSilentError,
     EngineClosedError,
     ModelDeadError,
     ModelMissingError,
+    ModelSilentError,
     NoEndpointError,
     NotLoadedError,
     OverloadedError,
@@ -35,7 +37,7 @@ from server.errors import (
 from server.generation import Generation
 from server.questions import OpenQuestion, Settlement, completion, failure, settle_all
 from server.triton.asking import filled_up
-from server.triton.endpoint import Access, Endpoint, InferCall, segments_in, to_request
+from server.triton.endpoint import Access, Endpoint, segments_in, to_request
 from server.triton.fleet import EndpointReport, Fleet, Member, State
 from server.triton.plans import HeldGeneration, Plan
 from server.triton.upkeep import Upkeep
@@ -44,6 +46,9 @@ _log = logging.getLogger(__name__)
 
 _STATISTICS_SECONDS = 1.0
 """What a Triton may take to say what it counted. One that takes longer is told of as it was."""
+
+_LEAVE_SECONDS = 10.0
+"""How long `close` waits for what the Tritons still compute."""
 
 _PAUSE_SECONDS = 0.2
 """Between tries to find a first Triton."""
@@ -58,9 +63,15 @@ class _Part:
         self.count = count
         self.is_alone = count == opened.plan.max_rows
         self.tried: set[tuple[Member, int]] = set()
-        self.member: Member | None = None
-        self.life = 0
-        self.call: InferCall | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A part at a Triton, whose life it was then."""
+
+    part: _Part
+    member: Member
+    life: int
 
 
 class _Asked(OpenQuestion):
@@ -98,11 +109,12 @@ class TritonEngine:
         self._numbers = itertools.count(1)
         self._open: dict[int, _Asked] = {}
         self._waiting: list[tuple[float, int, _Part]] = []
+        self._flights: set[_Flight] = set()
         self._num_planned = 0
         self._requested: dict[str, int] = {}
         self._closed = False
         self._upkeep = {
-            member: Upkeep(member, self._fleet, settings.triton, settings.repository, self._wake)
+            member: Upkeep(member, self._fleet, settings.triton, settings.repository, self._wake, self._give_up)
             for member in self._fleet.members
         }
         self._sender = threading.Thread(target=self._run_sender, name="triton-send", daemon=True)
@@ -210,6 +222,9 @@ class TritonEngine:
             self._work.notify_all()
         settle_all(settlements)
         self._sender.join()
+        with self._lock:
+            # A Triton does not bear that a client leaves while it computes.
+            self._work.wait_for(lambda: not self._flights, _LEAVE_SECONDS)
         for member, upkeep in self._upkeep.items():
             member.endpoint.close()
             upkeep.close()
@@ -304,26 +319,28 @@ class TritonEngine:
     def _run_sender(self) -> None:
         while True:
             with self._lock:
-                parts, settlements = self._next_parts()
-                while not parts and not settlements and not self._closed:
+                flights, settlements = self._next_flights()
+                while not flights and not settlements and not self._closed:
                     self._work.wait()
-                    parts, settlements = self._next_parts()
+                    flights, settlements = self._next_flights()
                 if self._closed:
                     return
             settle_all(settlements)
-            for part in parts:
+            for flight in flights:
                 try:
-                    self._send(part)
+                    self._send(flight)
+                except EndpointError as error:
+                    self._land(flight, error)
                 except Exception as error:
                     # The edge of the thread: without it nothing would be asked any more.
                     _log.exception("asking Triton failed")
-                    self._finish(part, None, SegmentRunError(part.opened.plan.ensemble, repr(error)))
+                    self._land(flight, SegmentRunError(flight.part.opened.plan.ensemble, repr(error)))
             # Nothing of a finished question is kept alive while waiting for the next.
-            del parts, settlements
+            del flights, settlements
 
-    def _next_parts(self) -> tuple[list[_Part], list[Settlement]]:
-        """Takes from what waits as much as the Tritons have room for, and what can not be answered any more."""
-        parts: list[_Part] = []
+    def _next_flights(self) -> tuple[list[_Flight], list[Settlement]]:
+        """Takes from what waits as much as the Tritons have room for, and what cannot be answered any more."""
+        flights: list[_Flight] = []
         settlements: list[Settlement] = []
         now = self._clock()
         while self._waiting:
@@ -339,70 +356,65 @@ class TritonEngine:
                         member = min(able, key=lambda member: member.num_rows)
                         if member.num_rows and member.num_rows + part.count > self._settings.max_rows_in_flight:
                             break
-                        part.member, part.life = member, member.life
+                        flight = _Flight(part, member, member.life)
                         member.num_rows += part.count
-                        parts.append(part)
+                        self._flights.add(flight)
+                        flights.append(flight)
                     else:
                         settlements += self._fail(opened.number, NoEndpointError(question.tasks, self._fleet.troubles()))
             heapq.heappop(self._waiting)
-        return parts, settlements
+        return flights, settlements
 
-    def _send(self, part: _Part) -> None:
-        opened, member = part.opened, part.member
-        if member is None:
-            raise RuntimeError("a part without a Triton")
-        question, plan = opened.question, opened.plan
-        images = question.images[part.first : part.first + part.count]
+    def _send(self, flight: _Flight) -> None:
+        part, plan = flight.part, flight.part.opened.plan
+        images = part.opened.question.images[part.first : part.first + part.count]
         if part.is_alone and part.count < plan.max_rows:
             images = filled_up(images, plan.max_rows)
-        timeout_seconds = None
-        if question.deadline_seconds is not None:
-            timeout_seconds = max(question.deadline_seconds - self._clock(), 1e-3)
-        try:
-            call = member.endpoint.infer(to_request(plan.ensemble, images, plan.outputs.values()), timeout_seconds)
-        except EndpointGoneError as error:
-            self._finish(part, None, error)
-            return
-        with self._lock:
-            part.call = call
-            is_wanted = opened.number in self._open
-        if not is_wanted:
-            call.cancel()
-        call.add_done_callback(lambda call: self._read(part, member, call))
+        request = to_request(plan.ensemble, images, plan.outputs.values())
+        flight.member.endpoint.infer(request, lambda call: self._read(flight, call))
 
-    def _read(self, part: _Part, member: Member, call: InferCall) -> None:
+    def _read(self, flight: _Flight, call: Any) -> None:
         """Takes the answer to a part; in a thread of gRPC."""
-        logits: Logits | None = None
-        error: ServerError | None = None
         try:
-            logits = member.endpoint.read_answer(call)
-        except EndpointError as found:
-            error = found
-        except Exception as found:
+            answer: Logits | ServerError = flight.member.endpoint.read_answer(call)
+        except EndpointError as error:
+            answer = error
+        except Exception as error:
             # The edge to gRPC, which would swallow it: the question would never end.
-            error = SegmentRunError(part.opened.plan.ensemble, repr(found))
-        self._finish(part, logits, error)
+            answer = SegmentRunError(flight.part.opened.plan.ensemble, repr(error))
+        self._land(flight, answer)
 
-    def _finish(self, part: _Part, logits: Logits | None, error: ServerError | None) -> None:
+    def _land(self, flight: _Flight, answer: Logits | ServerError) -> None:
+        """Ends a flight with logits or an error. One that was given up has ended already."""
+        part, member = flight.part, flight.member
         with self._lock:
-            member, life = part.member, part.life
-            part.member = part.call = None
-            if member is not None:
-                member.num_rows -= part.count
-                if not isinstance(error, EndpointGoneError):
-                    self._fleet.answered(member)
+            if flight not in self._flights:
+                return
+            self._flights.discard(flight)
+            member.num_rows -= part.count
+            if not isinstance(answer, EndpointGoneError):
+                self._fleet.answered(member)
             try:
-                if logits is not None and member is not None:
-                    settlements = self._put(part, member, logits)
-                else:
-                    settlements = self._retry(part, member, life, error or EngineClosedError())
-            except Exception as found:
+                settlements = self._retry(flight, answer) if isinstance(answer, ServerError) else self._put(flight, answer)
+            except Exception as error:
                 # An answer that is none must not leave its question open.
-                settlements = self._fail(part.opened.number, SegmentRunError(part.opened.plan.ensemble, repr(found)))
-            self._work.notify()
+                settlements = self._fail(part.opened.number, SegmentRunError(part.opened.plan.ensemble, repr(error)))
+            self._work.notify_all()
         settle_all(settlements)
 
-    def _put(self, part: _Part, member: Member, logits: Logits) -> list[Settlement]:
+    def _give_up(self, member: Member, error: EndpointError, models: Collection[str]) -> None:
+        """Ends flights to a member, or through models there, that say nothing, so that others are asked."""
+        with self._lock:
+            flights = [
+                flight
+                for flight in self._flights
+                if flight.member is member and (not models or not flight.part.opened.plan.models.isdisjoint(models))
+            ]
+        for flight in flights:
+            self._land(flight, error)
+
+    def _put(self, flight: _Flight, logits: Logits) -> list[Settlement]:
+        part, member = flight.part, flight.member
         opened, plan = part.opened, part.opened.plan
         num_rows = plan.max_rows if part.is_alone else part.count
         is_counted = opened.question.counted
@@ -424,53 +436,50 @@ class TritonEngine:
                 return [completion(opened)]
         return []
 
-    def _retry(self, part: _Part, member: Member | None, life: int, error: ServerError) -> list[Settlement]:
+    def _retry(self, flight: _Flight, error: ServerError) -> list[Settlement]:
         """Asks a part again if that may help; else fails its question."""
+        part, member, life = flight.part, flight.member, flight.life
         opened = part.opened
-        if opened.number not in self._open:
-            return []
-        if isinstance(error, EndpointSilentError) and opened.question.deadline_seconds is not None:
-            return self._fail(opened.number, DeadlineError())
-        if not isinstance(error, EndpointError) or member is None:
-            return self._fail(opened.number, error)
         if isinstance(error, EndpointGoneError):
             self._fleet.take_down(member, error.reason, life)
             part.tried.add((member, life))
-        elif isinstance(error, ModelMissingError | ModelDeadError):
+        elif isinstance(error, ModelMissingError | ModelDeadError | ModelSilentError):
             self._fleet.blame(member, error, opened.plan, life)
             part.tried.add((member, life))
+        elif not isinstance(error, EndpointError):
+            return self._fail(opened.number, error)
         elif part.is_alone:
             segment = min(segments_in(error.reason), default=opened.plan.ensemble)
             return self._fail(opened.number, SegmentRunError(segment, error.reason))
         else:
             # Another question's row may have run in the same batch and be to blame: once more, in a batch of its own.
             part.is_alone = True
-        self._enqueue(part)
+        if opened.number in self._open:
+            self._enqueue(part)
         return []
 
     def _abandon(self, number: int) -> None:
         """Forgets a question that its caller cancelled."""
         with self._lock:
             opened = self._open.get(number)
-            calls = self._end(opened) if opened is not None else []
-            self._work.notify()
-        settle_all(calls)
+            if opened is not None:
+                self._end(opened)
 
     def _fail(self, number: int, error: ServerError) -> list[Settlement]:
         opened = self._open.get(number)
         if opened is None:
             return []
-        return [*self._end(opened), failure(opened, error)]
+        self._end(opened)
+        return [failure(opened, error)]
 
-    def _end(self, opened: _Asked) -> list[Settlement]:
-        """Takes a question out of the books; completing its future and what is returned is up to the caller."""
+    def _end(self, opened: _Asked) -> None:
+        """Takes a question out of the books; completing its future is up to the caller. What a Triton has of it runs to its end there."""
         del self._open[opened.number]
         self._num_planned -= opened.num_planned
         opened.loaded.num_open -= 1
         if opened.loaded.retired and not opened.loaded.num_open:
             self._fleet.retiring.discard(opened.loaded)
             self._free_unused()
-        return [part.call.cancel for part in opened.parts if part.call is not None]
 
     def _free_unused(self) -> None:
         """Forgets what only generations needed that are gone; the Tritons are tidied later."""

@@ -5,17 +5,18 @@ Two threads, because what mends may wait for minutes for a model to load, and a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
 from server.config import TritonSettings
-from server.errors import EndpointError, EndpointGoneError, EndpointSilentError, ServerError
-from server.triton.asking import ask
+from server.errors import EndpointError, EndpointGoneError, EndpointSilentError, ModelSilentError, ServerError
+from server.triton.asking import ask, ask_segment
 from server.triton.endpoint import Images
 from server.triton.fleet import Fleet, Member, State
 from server.triton.plans import HeldGeneration, Plan
@@ -41,16 +42,24 @@ class Upkeep:
         settings: what may take how long.
         repository: folder of the model repository, as this server sees it.
         on_change: called when the member may answer more, or less, than before.
+        on_silence: called with the member, what it said last, and the models there that say nothing (none: all), when these are given up.
     """
 
     def __init__(
-        self, member: Member, fleet: Fleet, settings: TritonSettings, repository: pathlib.Path, on_change: Callable[[], None]
+        self,
+        member: Member,
+        fleet: Fleet,
+        settings: TritonSettings,
+        repository: pathlib.Path,
+        on_change: Callable[[], None],
+        on_silence: Callable[[Member, EndpointError, Collection[str]], None],
     ) -> None:
         self._member = member
         self._endpoint = member.endpoint
         self._fleet = fleet
         self._settings = settings
         self._on_change = on_change
+        self._on_silence = on_silence
         self._tidying = Tidying(member, fleet, settings, repository)
         self._closed = threading.Event()
         self._images: dict[int, Images] = {}
@@ -111,8 +120,9 @@ class Upkeep:
         """Has whatever waits for a Triton that says nothing be told so."""
         try:
             self._endpoint.is_live(self._settings.probe_timeout_seconds)
-        except EndpointSilentError:
+        except EndpointSilentError as error:
             self._endpoint.reconnect()
+            self._on_silence(self._member, error, ())
 
     def _probe_the_stalest(self) -> None:
         """Asks a task through the segment that has not run for the longest time, if that is long enough."""
@@ -128,19 +138,45 @@ class Upkeep:
                             stalest = seconds, held, task
         if stalest is None or now - stalest[0] < self._settings.probe_interval_seconds:
             return
-        plan = stalest[1].plan((stalest[2],))
+        held, plan = stalest[1], stalest[1].plan((stalest[2],))
         try:
-            self._probe(stalest[1], plan)
+            self._probe(held, plan)
         except EndpointSilentError as error:
-            # A Triton with much to do answers others meanwhile.
             if member.answered_seconds < now:
                 self._lose(error, life)
                 self._endpoint.reconnect()
+                self._on_silence(member, error, ())
+            else:
+                self._find_the_silent(held, plan, now, life)
         except EndpointGoneError as error:
             self._lose(error, life)
         except EndpointError as error:
-            self._fleet.blame(member, error, plan, life)
-            self._on_change()
+            self._blame(error, plan, life)
+
+    def _find_the_silent(self, held: HeldGeneration, plan: Plan, since_seconds: float, life: int) -> None:
+        """Asks each segment of a plan itself that nothing came through lately: the others are merely busy."""
+        for name in sorted(plan.models & held.generation.segments.keys()):
+            if self._member.proven.get(name, 0.0) >= since_seconds:
+                continue
+            try:
+                ask_segment(
+                    self._endpoint, self._member.counters, held.generation.segments[name], self._settings.probe_timeout_seconds
+                )
+            except EndpointSilentError as error:
+                silent = ModelSilentError(self._member.address, f"{name}: {error.reason}")
+                self._blame(silent, plan, life)
+                self._on_silence(self._member, silent, (name,))
+                return
+            except EndpointGoneError as error:
+                self._lose(error, life)
+                return
+            except EndpointError as error:
+                self._blame(type(error)(self._member.address, f"{name}: {error.reason}"), plan, life)
+                return
+
+    def _blame(self, error: EndpointError, plan: Plan, life: int) -> None:
+        self._fleet.blame(self._member, error, plan, life)
+        self._on_change()
 
     def _lose(self, error: EndpointError, life: int) -> None:
         self._fleet.take_down(self._member, error.reason, life)
@@ -225,6 +261,10 @@ class Upkeep:
                 for model in sorted(held.keys() - ready):
                     self._endpoint.load(model, self._settings.load_timeout_seconds)
                 self._fleet.mend(member, faults)
+        except EndpointSilentError as error:
+            # If all of it says nothing, who watches will notice.
+            self._num_failures += 1
+            _log.warning("still wrong: %s", error)
         except EndpointGoneError as error:
             self._num_failures = 0
             self._lose(error, life)
@@ -238,13 +278,9 @@ class Upkeep:
     def _repair_model(self, held: HeldGeneration, model: str) -> None:
         """Loads a model anew unless it answers by now, and has it answer."""
         plan = held.plan_through(model)
-        try:
+        with contextlib.suppress(EndpointError):
             self._probe(held, plan)
             return
-        except EndpointGoneError:
-            raise
-        except EndpointError:
-            pass
         if model.startswith("seg-"):
             # Its process may be dead while Triton says that it is ready: only a new one helps.
             self._endpoint.unload(model)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Self
+import pathlib
+from typing import Any, Self
 
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from server.config import ServerSettings
 from server.triton.environment import TritonEnvironment, find_environment
+from server.triton.process import TritonProcess
 from tests.support.processes import TOP
+from tests.support.serving import ENGINE, server_settings
 
 _TYPES = {"uint8": "UINT8", "float32": "FP32", "float16": "FP16"}
 
 
 def environment() -> TritonEnvironment:
     return find_environment(TOP / ".triton")
+
+
+def triton_settings(repository: pathlib.Path, *tritons: TritonProcess, **overrides: Any) -> ServerSettings:
+    """Returns settings of a server on these Tritons; overrides are of the table `triton`."""
+    triton: dict[str, Any] = {
+        "endpoints": [process.addresses.grpc for process in tritons],
+        "probe_interval_seconds": 0.1,
+        "start_seconds": 10.0,
+    }
+    return server_settings(repository, engine=ENGINE.model_copy(update={"kind": "triton"}), triton=triton | overrides)
 
 
 class Caller:
