@@ -33,6 +33,7 @@ from server.errors import (
     OverloadedError,
     SegmentRunError,
     ServerError,
+    SettingsError,
 )
 from server.generation import Generation
 from server.questions import OpenQuestion, Settlement, completion, failure, settle_all
@@ -101,6 +102,8 @@ class TritonEngine:
         self._max_waiting_rows = settings.engine.max_waiting_rows
         self._patience_seconds = settings.engine.patience_seconds
         self._clock = clock
+        if not settings.triton.endpoints:
+            raise SettingsError("triton.endpoints", "none", "HOST:PORT of a Triton, such as --triton 127.0.0.1:8001")
         access = Access.read(settings.triton)
         self._fleet = Fleet(Endpoint(address, access) for address in settings.triton.endpoints)
         self._lock = self._fleet.lock

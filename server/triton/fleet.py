@@ -36,7 +36,7 @@ class EndpointReport:
 
     Attributes:
         address: HOST:PORT.
-        state: `joining`, `serving` or `down`.
+        state: whether it answers.
         since: when it came to be so, in UTC.
         reason: what is wrong with it; empty if nothing is.
         generations: numbers of the generations that it holds, ascending.
@@ -45,7 +45,7 @@ class EndpointReport:
     """
 
     address: str
-    state: str
+    state: State
     since: dt.datetime
     reason: str
     generations: tuple[int, ...]
@@ -147,7 +147,7 @@ class Fleet:
             return tuple(
                 EndpointReport(
                     address=member.address,
-                    state=member.state.value,
+                    state=member.state,
                     since=member.since,
                     reason=member.trouble,
                     generations=tuple(sorted(generation.number for generation in member.holds)),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any, Self
 
 import grpc
@@ -30,6 +34,27 @@ def triton_settings(repository: pathlib.Path, *tritons: TritonProcess, **overrid
         "start_seconds": 10.0,
     }
     return server_settings(repository, engine=ENGINE.model_copy(update={"kind": "triton"}), triton=triton | overrides)
+
+
+def segment_process(process: TritonProcess, segment: str) -> int:
+    """Returns the id of the process that runs a segment within a Triton."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            # The processes of a Triton are of its session: several may have the segment.
+            if f"/{segment}/".encode() in (entry / "cmdline").read_bytes() and os.getsid(int(entry.name)) == process.pid:
+                found.append(int(entry.name))
+    (pid,) = found
+    return pid
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Waits until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{condition} does not hold after {seconds:g} s")
+        time.sleep(0.02)
 
 
 class Caller:
