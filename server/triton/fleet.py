@@ -68,7 +68,7 @@ class Member:
         faults: what is wrong with models that do not answer, by name. Whatever does not need them is still asked.
         num_rows: rows in flight.
         answered_seconds: when it last answered anything, on the clock of `time.monotonic`.
-        proven: when each segment last ran for an answer, on the same clock.
+        proven: when each model last ran for an answer, on the same clock.
         version: of Triton.
     """
 
@@ -235,8 +235,8 @@ class Fleet:
         with self.lock:
             member.answered_seconds = time.monotonic()
             if plan is not None:
-                for branch in plan.tree.branches:
-                    member.proven[branch.segment] = member.answered_seconds
+                for model in plan.models:
+                    member.proven[model] = member.answered_seconds
 
     def _set_state(self, member: Member, state: State, reason: str) -> None:
         if member.state is not state:

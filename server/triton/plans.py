@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -42,10 +43,16 @@ class HeldGeneration(LoadedGeneration):
         tasks = self.generation.tasks.values()
         return frozenset([*(task.ensemble for task in tasks), *self.generation.ensembles.values()])
 
-    @property
+    @functools.cached_property
     def models(self) -> frozenset[str]:
         """Names of all its models."""
         return self.ensembles | self.generation.segments.keys()
+
+    @functools.cached_property
+    def asked(self) -> frozenset[str]:
+        """Names of the models that some plan runs through: all but ensembles over a single task, which has one of its own."""
+        sizes = collections.Counter(task.image_size for task in self.generation.tasks.values())
+        return self.models.difference(name for size, name in self.generation.ensembles.items() if sizes[size] == 1)
 
     @functools.cached_property
     def task_through(self) -> Mapping[str, str]:

@@ -125,20 +125,14 @@ class Upkeep:
             self._on_silence(self._member, error, ())
 
     def _probe_the_stalest(self) -> None:
-        """Asks a task through the segment that has not run for the longest time, if that is long enough."""
+        """Asks the model that has not run for the longest time, if that is long enough; also so that no other server unloads it."""
         member, now = self._member, time.monotonic()
-        stalest: tuple[float, HeldGeneration, str] | None = None
         with self._fleet.lock:
             life = member.life
-            for held in self._fleet.loaded.values():
-                if held.generation in member.holds:
-                    for segment, task in held.task_through.items():
-                        seconds = member.proven.get(segment, 0.0)
-                        if segment not in member.faults and (stalest is None or seconds < stalest[0]):
-                            stalest = seconds, held, task
-        if stalest is None or now - stalest[0] < self._settings.probe_interval_seconds:
+            stalest = self._stalest(now - self._settings.probe_interval_seconds)
+        if stalest is None:
             return
-        held, plan = stalest[1], stalest[1].plan((stalest[2],))
+        held, plan = stalest
         try:
             self._probe(held, plan)
         except EndpointSilentError as error:
@@ -152,6 +146,22 @@ class Upkeep:
             self._lose(error, life)
         except EndpointError as error:
             self._blame(error, plan, life)
+
+    def _stalest(self, before_seconds: float) -> tuple[HeldGeneration, Plan] | None:
+        """Returns how to ask the model that has not run for the longest time, if not since then; but nothing that is at fault."""
+        member = self._member
+        stale = [
+            (member.proven.get(model, 0.0), model, held)
+            for held in self._fleet.loaded.values()
+            if held.generation in member.holds
+            for model in held.asked
+            if member.proven.get(model, 0.0) < before_seconds
+        ]
+        for _, model, held in sorted(stale, key=lambda one: one[:2]):
+            plan = held.plan_through(model)
+            if plan.models.isdisjoint(member.faults):
+                return held, plan
+        return None
 
     def _find_the_silent(self, held: HeldGeneration, plan: Plan, since_seconds: float, life: int) -> None:
         """Asks each segment of a plan itself that nothing came through lately: the others are merely busy."""

@@ -74,6 +74,17 @@ class Caller:
         for model in models:
             self.stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name=model), timeout=60)
 
+    def ready(self) -> set[str]:
+        """Returns the names of the models that answer."""
+        return {
+            model.name for model in self.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True), timeout=20).models
+        }
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Returns rows and executions of each model, as Triton counts them."""
+        answer = self.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=20)
+        return {model.name: (model.inference_count, model.execution_count) for model in answer.model_stats}
+
     def infer(self, model: str, tensor: np.ndarray, name: str = "image", timeout: float = 20) -> dict[str, np.ndarray]:
         return read_response(self.stub.ModelInfer(make_request(model, tensor, name), timeout=timeout))
 
