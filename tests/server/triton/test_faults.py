@@ -114,7 +114,7 @@ class Asker:
                 self.num_answers += 1
             except (ServerError, AssertionError, TimeoutError) as error:
                 self.errors.append(error)
-            time.sleep(0.005)
+            time.sleep(0.03)
 
     def __enter__(self) -> Asker:
         for thread in self._threads:
