@@ -8,14 +8,15 @@ from server.errors import Finding, SegmentLoadError
 from server.generation import Generation
 from server.reload import rehearse
 from server.repository import Repository
+from server.triton.container import check_versions
 from server.verification import check_alias
 
 
 def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[Generation | None, list[Finding]]:
     """Checks a repository's current generation.
 
-    Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and the aliases,
-    which only clients of Triton see.
+    Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and what only a
+    Triton would notice: the aliases, and ONNX files that are too new for its container.
 
     Args:
         repository: what to check.
@@ -33,6 +34,7 @@ def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[
         return None, findings
     for task in generation.tasks.values():
         findings += check_alias(repository.root, task)
+    findings += check_versions(generation)
     try:
         engine.load(generation)
     except SegmentLoadError:

@@ -25,7 +25,7 @@ from server.client import AdminClient, Client
 from server.config import MAX_THREADS, ServerSettings, check_address, read_settings
 from server.embedded.engine import EmbeddedEngine
 from server.engine import Engine
-from server.errors import CallError, ServerError, SettingsError
+from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.server import ADMIN_SERVICE, INFERENCE_SERVICE, FrontDoor
@@ -345,7 +345,11 @@ def install(
     into: Annotated[pathlib.Path, typer.Option(help="A new or empty folder, or one that this command made.")] = DEFAULT_FOLDER,
 ) -> None:
     """Makes the environment that a real Triton runs in, from the package index; once, in some seconds."""
-    environment = install_triton(into)
+    try:
+        environment = find_environment(into)
+    except TritonEnvironmentError:
+        print(f"making Triton's environment in {into} (once; 330 MB, some seconds)", flush=True)
+        environment = install_triton(into)
     print(f"Triton's environment in {environment.folder} is ready")
 
 

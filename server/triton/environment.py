@@ -39,6 +39,9 @@ PYTHON_VERSIONS = ("3.11", "3.12")
 """Those that numpy 1 and the wheel's Python backend were both built for."""
 
 _RECORD = "munet-triton.json"
+_UNFINISHED: dict[str, object] = {}
+"""What the record holds from the beginning until all is there."""
+
 _BACKEND = pathlib.Path(__file__).parent / "backend" / "model.py"
 _ADVICE = "run `make triton` in the checkout, or `munet-server triton install`"
 
@@ -98,16 +101,18 @@ def find_environment(folder: pathlib.Path = DEFAULT_FOLDER) -> TritonEnvironment
     """
     try:
         record = json.loads((folder / _RECORD).read_bytes())
+        if record == _UNFINISHED:
+            raise TritonEnvironmentError(folder, "a half-made environment", "a whole one", _ADVICE)
+        requirements = record["requirements"]
+        environment = TritonEnvironment(folder.resolve(), record["python_version"], record["library_folder"])
     except (FileNotFoundError, NotADirectoryError):
         found = "a folder of something else" if folder.exists() else "no folder"
         raise TritonEnvironmentError(folder, found, "the environment that Triton runs in", _ADVICE) from None
-    except (OSError, ValueError) as error:
-        raise TritonEnvironmentError(folder, f"{_RECORD} unreadable ({error})", "a readable file", _ADVICE) from error
-    if record.get("requirements") is None:
-        raise TritonEnvironmentError(folder, "a half-made environment", "a whole one", _ADVICE)
-    if record["requirements"] != list(REQUIREMENTS):
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TritonEnvironmentError(folder, f"{_RECORD} unreadable ({error!r})", "what `install` writes", _ADVICE) from error
+    if requirements != list(REQUIREMENTS):
         raise TritonEnvironmentError(folder, "an environment of other versions", ", ".join(REQUIREMENTS), _ADVICE)
-    return TritonEnvironment(folder.resolve(), record["python_version"], record["library_folder"])
+    return environment
 
 
 def install(folder: pathlib.Path = DEFAULT_FOLDER) -> TritonEnvironment:
@@ -128,7 +133,7 @@ def install(folder: pathlib.Path = DEFAULT_FOLDER) -> TritonEnvironment:
         record = folder / _RECORD
         if not record.exists() and any(folder.iterdir()):
             raise TritonEnvironmentError(folder, "a folder of something else", "a new or empty one", "name another with --into")
-        write_atomically(record, b"{}\n")
+        write_atomically(record, json.dumps(_UNFINISHED).encode())
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

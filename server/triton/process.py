@@ -24,11 +24,15 @@ from server.triton.environment import TritonEnvironment
 from server.triton.shared_memory import SharedMemory
 
 START_SECONDS = 60.0
+THREADS_VARIABLE = "MUNET_TRITON_THREADS"
+"""What `backend/model.py` reads: it cannot import from here, nor this from there."""
+
 EXIT_SECONDS = 5
 """What Triton may take to finish requests in flight when it is told to end."""
 
 _KILL_SECONDS = 15.0
 _NUM_LINES = 20
+_NUM_TRIES = 3
 
 # The kernel ends Triton when this process dies, however it dies. Python offers no such thing between fork and exec but `preexec_fn`, which
 # is unsafe where threads run; so an interpreter of its own says so and then becomes Triton.
@@ -65,7 +69,7 @@ class TritonProcess:
         environment: what it runs in.
         repository: the model repository.
         addresses: where it shall listen.
-        log: the file that its output is appended to; none means a temporary one, removed when it was stopped well.
+        log: the file that its output is appended to; none means a temporary one, kept only if the block fails.
         threads: of a segment that computes one batch; 0 means one for each core.
         arguments: more of tritonserver's own.
 
@@ -90,6 +94,7 @@ class TritonProcess:
         self._arguments = tuple(arguments)
         self._process: subprocess.Popen[bytes] | None = None
         self._memory: SharedMemory | None = None
+        self._status = 0
         self._is_log_temporary = log is None
         self.addresses = addresses
         self.log = log or _temporary_log()
@@ -118,14 +123,43 @@ class TritonProcess:
             TritonProcessError: it ended instead.
         """
         self._end()
-        self.addresses = _real_addresses(self._wanted, self.addresses)
+        for num_left in reversed(range(_NUM_TRIES)):
+            addresses = _real_addresses(self._wanted, self.addresses)
+            try:
+                self._start(addresses)
+            except TritonProcessError as error:
+                # A free port may be taken by somebody else before Triton listens there.
+                is_taken = any("already in use" in line for line in error.lines)
+                if not (is_taken and num_left and addresses != self.addresses):
+                    raise
+            else:
+                self.addresses = addresses
+                return
+
+    def connect(self) -> grpc.Channel:
+        """Returns a gRPC channel to it, which also outlives its restarts. Whoever asks for it closes it."""
+        return _connect(self.addresses)
+
+    def stop(self) -> int:
+        """Ends it, kindly at first, and removes what it left; returns its last exit status, negative for a signal."""
+        if self._process is not None and self.is_running:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_SECONDS + _KILL_SECONDS)
+        self._end()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+        return self._status
+
+    def _start(self, addresses: TritonAddresses) -> None:
         self._environment.refresh()
         self._memory = self._memory or SharedMemory()
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._command(self._memory.prefix)],
-                env=self._environment.variables() | {"MUNET_TRITON_THREADS": str(self._threads)},
+                [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._command(addresses, self._memory.prefix)],
+                env=self._environment.variables() | {THREADS_VARIABLE: str(self._threads)},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -134,32 +168,10 @@ class TritonProcess:
                 start_new_session=True,
             )
         try:
-            self._await_ready(offset)
+            self._await_ready(addresses, offset)
         except BaseException:
             self._end()
             raise
-
-    def connect(self) -> grpc.Channel:
-        """Returns a gRPC channel to it, which also outlives its restarts. Whoever asks for it closes it."""
-        # gRPC waits longer after each failed try to connect: at first a second, in which Triton could have been ready.
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
-        return grpc.insecure_channel(self.addresses.grpc, options)
-
-    def stop(self) -> int:
-        """Ends it, kindly at first, and removes what it left; returns its exit status, negative for a signal."""
-        status = 0
-        if self._process is not None:
-            if self.is_running:
-                self._process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(EXIT_SECONDS + _KILL_SECONDS)
-            status = self._end()
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
-        if self._is_log_temporary and status == 0:
-            self.log.unlink(missing_ok=True)
-        return status
 
     def _failure(self, expected: str, offset: int) -> TritonProcessError:
         with self.log.open("rb") as stream:
@@ -169,7 +181,7 @@ class TritonProcess:
         errors = [line for line in lines if line.startswith(("E", "error", "Error"))]
         return TritonProcessError(self.outcome, expected, self.log, (errors or lines)[-_NUM_LINES:])
 
-    def _command(self, prefix: str) -> list[str]:
+    def _command(self, addresses: TritonAddresses, prefix: str) -> list[str]:
         command = [
             str(self._environment.program),
             f"--model-repository={self._repository}",
@@ -181,7 +193,7 @@ class TritonProcess:
             f"--exit-timeout-secs={EXIT_SECONDS}",
             "--allow-gpu-metrics=false",
         ]
-        for kind, address in dataclasses.asdict(self.addresses).items():
+        for kind, address in dataclasses.asdict(addresses).items():
             if address is None:
                 command.append(f"--allow-{kind}=false")
             else:
@@ -189,40 +201,50 @@ class TritonProcess:
                 command += [f"--{kind}-address={host}", f"--{kind}-port={port}"]
         return [*command, *self._arguments]
 
-    def _await_ready(self, offset: int) -> None:
+    def _await_ready(self, addresses: TritonAddresses, offset: int) -> None:
         deadline = time.monotonic() + START_SECONDS
-        with self.connect() as channel:
+        with _connect(addresses) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             while self.is_running and time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
                     # Whoever answers at this address: if it were another, ours would have ended.
-                    if stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1.0, wait_for_ready=True).ready:
+                    if stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=0.2, wait_for_ready=True).ready:
                         return
         raise self._failure(f"a server that is ready within {START_SECONDS:.0f} s", offset)
 
-    def _end(self) -> int:
-        """Kills what runs of it, removes what that left; returns its exit status."""
+    def _end(self) -> None:
+        """Kills what runs of it and removes what that left."""
         if self._process is None:
-            return 0
+            return
         # Also its Python processes: one that was stopped or hangs outlives Triton.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        status = self._process.wait()
+        self._status = self._process.wait()
         self._process = None
         if self._memory is not None:
             self._memory.clear()
-        return status
 
     def __enter__(self) -> Self:
         try:
             self.start()
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            if self._is_log_temporary and not isinstance(error, TritonProcessError):
+                self.log.unlink(missing_ok=True)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.stop()
+        if self._is_log_temporary and kind is None:
+            self.log.unlink(missing_ok=True)
+
+
+def _connect(addresses: TritonAddresses) -> grpc.Channel:
+    # gRPC waits longer after each failed try to connect: at first a second, in which Triton could have been ready.
+    return grpc.insecure_channel(
+        addresses.grpc, [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+    )
 
 
 @contextlib.contextmanager

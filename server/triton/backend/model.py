@@ -50,7 +50,7 @@ class TritonPythonModel:
                 raise triton.TritonModelException(f"{model}: found {kind}s {found}, expected those of config.pbtxt, {wanted}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answers requests that Triton hands over together; those of the same shapes run as one batch.
+        """Answers requests that Triton hands over together, as one batch.
 
         Args:
             requests: one or more, each with a tensor [rows, ...] for every input.
@@ -58,21 +58,14 @@ class TritonPythonModel:
         Returns:
             A response for each request in its order: a tensor [rows, ...] for every output, or an error.
         """
-        feeds = [[triton.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs] for request in requests]
-        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-        for index, feed in enumerate(feeds):
-            groups.setdefault(tuple(tensor.shape[1:] for tensor in feed), []).append(index)
-        responses: list[Any] = [None] * len(requests)
-        for indices in groups.values():
-            for index, response in zip(indices, self._answer([feeds[index] for index in indices]), strict=True):
-                responses[index] = response
-        return responses
+        return self._answer(
+            [[triton.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs] for request in requests]
+        )
 
     def _answer(self, feeds: Sequence[Sequence[Any]]) -> list[Any]:
         try:
-            outputs = self._run(
-                [np.concatenate(tensors) if len(feeds) > 1 else tensors[0] for tensors in zip(*feeds, strict=True)]
-            )
+            tensors = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*feeds, strict=True)]
+            outputs = self._session.run(self._outputs, dict(zip(self._inputs, tensors, strict=True)))
         except Exception as error:
             # One bad request must not harm those that Triton batched with it.
             if len(feeds) > 1:
@@ -81,10 +74,6 @@ class TritonPythonModel:
         ends = np.cumsum([len(feed[0]) for feed in feeds])[:-1]
         parts = zip(*(np.split(output, ends) for output in outputs), strict=True)
         return [triton.InferenceResponse(output_tensors=list(map(triton.Tensor, self._outputs, tensors))) for tensors in parts]
-
-    def _run(self, tensors: Sequence[Any]) -> list[Any]:
-        outputs: list[Any] = self._session.run(self._outputs, dict(zip(self._inputs, tensors, strict=True)))
-        return outputs
 
     def finalize(self) -> None:
         """Frees the session."""

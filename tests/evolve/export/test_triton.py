@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pathlib
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ from tritonclient.grpc import model_config_pb2
 
 from evolve.export.triton import RoutedTask, multi_task_ensemble, segment_config, task_ensemble
 from munet.v1 import generation_pb2
+from server.repository import Repository
+from server.triton.process import TritonProcess
+from server.triton.supervisor import Supervisor, ensembles_of, read_generation
 from tests.evolve.export.conftest import Published
+from tests.support.triton import Caller, environment
 
 
 def parsed(data: bytes) -> Any:
@@ -149,3 +154,15 @@ def test_the_generation_names_an_ensemble_for_each_image_size(pristine: Publishe
         (16, ["adapted", "cloned", "plain", "short"]),
         (24, ["large"]),
     ]
+
+
+def test_a_real_triton_loads_it_and_answers_as_torch_does(pristine: Published) -> None:
+    generation = read_generation(Repository(pristine.repository))
+    with TritonProcess(environment(), pristine.repository) as triton, Caller(triton.addresses.grpc) as caller:
+        # Asks every task its golden images, whose logits torch computed.
+        Supervisor(triton, pristine.repository).load(generation, threading.Event())
+        assert caller.ready() == {*generation.segments, *ensembles_of(generation)}
+        images = generation.tasks["plain"].golden.read_images()
+        answers = caller.infer(generation.ensembles[16], images)
+        for task in ("adapted", "cloned", "plain", "short"):
+            assert answers[f"logits_{task}"] == pytest.approx(generation.tasks[task].golden.logits, abs=1e-4)

@@ -27,7 +27,7 @@ from server.triton.engine import TritonEngine
 from server.triton.fleet import EndpointReport, State
 from server.triton.process import TritonProcess
 from tests.support.repository import DIGITS, GREEK, HEBREW, RepositoryBuilder, TaskPlan, answer, random_images
-from tests.support.triton import Caller, environment, segment_process, triton_settings, until
+from tests.support.triton import Caller, environment, segment_process, triton_settings, wait_until
 
 IMAGES = random_images(3, 8, seed=11)
 PLANS = {"digits": DIGITS, "greek": GREEK}
@@ -133,15 +133,15 @@ def test_a_triton_killed_while_it_infers_costs_no_answer(builder: RepositoryBuil
         engine.load(generation)
         with Asker(engine, generation) as asker:
             for killed, other in (pair, reversed(pair)):
-                until(lambda: asker.num_answers > 20)
+                wait_until(lambda: asker.num_answers > 20)
                 os.kill(killed.pid, signal.SIGKILL)
-                until(lambda: report(engine, killed).state is State.DOWN)  # noqa: B023
+                wait_until(lambda: report(engine, killed).state is State.DOWN)  # noqa: B023
                 before = asker.num_answers
-                until(lambda: asker.num_answers > before + 20)  # noqa: B023
+                wait_until(lambda: asker.num_answers > before + 20)  # noqa: B023
                 assert is_sound(engine, other)
                 # Back with nothing loaded, it is brought to the generation before it is asked: else the next kill would cost answers.
                 killed.start()
-                until(lambda: is_sound(engine, killed))  # noqa: B023
+                wait_until(lambda: is_sound(engine, killed))  # noqa: B023
                 assert report(engine, killed).generations == (generation.number,)
         assert asker.errors == []
 
@@ -160,7 +160,7 @@ def test_where_the_only_triton_is_killed_the_error_says_so_until_it_is_back(
         assert isinstance(error, NoEndpointError)
         assert f"without a Triton that computes digits, greek ({only.addresses.grpc} is down: " in str(error)
         only.start()
-        until(lambda: is_sound(engine, only))
+        wait_until(lambda: is_sound(engine, only))
         check(engine, generation)
         after = engine.statistics()
         # Counters go on where they were, though Triton's own began again.
@@ -189,7 +189,7 @@ def test_a_triton_killed_while_it_loads(builder: RepositoryBuilder, pair: list[T
         loader = threading.Thread(target=load)
         loader.start()
         new = second.tasks["new"].route[-1]
-        until(lambda: _is_starting(pair[0], new))
+        wait_until(lambda: segment_process(pair[0], new))
         os.kill(pair[0].pid, signal.SIGKILL)
         loader.join()
         if has_other:
@@ -200,17 +200,11 @@ def test_a_triton_killed_while_it_loads(builder: RepositoryBuilder, pair: list[T
             assert isinstance(outcome[0], NoEndpointError)
             assert pair[0].addresses.grpc in str(outcome[0])
         pair[0].start()
-        until(lambda: is_sound(engine, pair[0]))
+        wait_until(lambda: is_sound(engine, pair[0]))
         check(engine, first)
         engine.load(second)
         check(engine, second)
         assert report(engine, pair[0]).generations == (first.number, second.number)
-
-
-def _is_starting(triton: TritonProcess, segment: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(segment_process(triton, segment))
-    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -221,12 +215,12 @@ def test_a_segment_whose_process_is_lost_is_loaded_again(
     with engine_on(builder, *pair, probe_timeout_seconds=1.0) as engine:
         engine.load(generation)
         with Asker(engine, generation) as asker:
-            until(lambda: asker.num_answers > 20)
+            wait_until(lambda: asker.num_answers > 20)
             os.kill(segment_process(pair[0], generation.tasks["digits"].route[1]), number)
-            until(lambda: report(engine, pair[0]).reason)
+            wait_until(lambda: report(engine, pair[0]).reason)
             assert report(engine, pair[0]).state is State.SERVING
             assert generation.tasks["digits"].route[1] in report(engine, pair[0]).reason
-            until(lambda: is_sound(engine, pair[0]))
+            wait_until(lambda: is_sound(engine, pair[0]))
         assert asker.errors == []
 
 
@@ -242,7 +236,7 @@ def test_what_needs_no_dead_segment_goes_on(builder: RepositoryBuilder, pair: li
         assert isinstance(error, NoEndpointError)
         assert f"{only.addresses.grpc} is serving: {head}: " in str(error)
         check(engine, generation, {"greek": GREEK})
-        until(lambda: is_sound(engine, only))
+        wait_until(lambda: is_sound(engine, only))
         check(engine, generation)
 
 
@@ -252,8 +246,8 @@ def test_an_idle_dead_segment_is_noticed(builder: RepositoryBuilder, pair: list[
         engine.load(generation)
         pid = segment_process(pair[0], generation.tasks["digits"].route[-1])
         os.kill(pid, signal.SIGKILL)
-        until(lambda: report(engine, pair[0]).reason)
-        until(lambda: is_sound(engine, pair[0]))
+        wait_until(lambda: report(engine, pair[0]).reason)
+        wait_until(lambda: is_sound(engine, pair[0]))
         check(engine, generation)
 
 
@@ -262,15 +256,15 @@ def test_a_triton_that_hangs_is_given_up(builder: RepositoryBuilder, pair: list[
     with engine_on(builder, *pair, probe_timeout_seconds=1.0) as engine:
         engine.load(generation)
         with Asker(engine, generation) as asker:
-            until(lambda: asker.num_answers > 20)
+            wait_until(lambda: asker.num_answers > 20)
             os.kill(pair[0].pid, signal.SIGSTOP)
             try:
-                until(lambda: report(engine, pair[0]).state is State.DOWN)
+                wait_until(lambda: report(engine, pair[0]).state is State.DOWN)
                 before = asker.num_answers
-                until(lambda: asker.num_answers > before + 20)
+                wait_until(lambda: asker.num_answers > before + 20)
             finally:
                 os.kill(pair[0].pid, signal.SIGCONT)
-            until(lambda: is_sound(engine, pair[0]))
+            wait_until(lambda: is_sound(engine, pair[0]))
         assert asker.errors == []
 
 
@@ -328,7 +322,7 @@ def test_what_is_broken_is_refused_and_the_old_generation_goes_on(
         with Asker(engine, first) as asker:
             with pytest.raises((SegmentLoadError, GenerationRefusedError), match=words) as caught:
                 engine.load(second)
-            until(lambda: asker.num_answers > 10)
+            wait_until(lambda: asker.num_answers > 10)
         assert any(triton.addresses.grpc in str(caught.value) for triton in pair)
         assert asker.errors == []
         assert [one.generations for one in engine.endpoints()] == [(first.number,)] * 2
@@ -363,7 +357,7 @@ def test_two_servers_on_one_triton_leave_each_others_generations(builder: Reposi
         other.load(second)
         other.unload(first)
         wanted = {*second.segments, *(task.ensemble for task in second.tasks.values()), *second.ensembles.values()}
-        until(lambda: ready(only) == wanted)
+        wait_until(lambda: ready(only) == wanted)
         check(one, second, {"digits": DIGITS, "hebrew": HEBREW})
         check(other, second, {"digits": DIGITS, "hebrew": HEBREW})
 
@@ -378,5 +372,5 @@ def test_what_a_killed_server_left_is_unloaded_by_the_next(builder: RepositoryBu
     assert ready(only) >= set(first.segments)
     with engine_on(builder, only, unload_after_seconds=0.0) as engine:
         engine.load(second)
-        until(lambda: ready(only) == {*second.segments, second.tasks["hebrew"].ensemble, second.ensembles[8]})
+        wait_until(lambda: ready(only) == {*second.segments, second.tasks["hebrew"].ensemble, second.ensembles[8]})
         check(engine, second, {"hebrew": HEBREW})
