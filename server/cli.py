@@ -301,7 +301,10 @@ def run(
         pathlib.Path, typer.Option(help="The folder that `munet-server triton install` made.")
     ] = DEFAULT_FOLDER,
     load: Annotated[
-        bool, typer.Option(help="Load the current generation; or nothing, for a front door that loads what it serves.")
+        bool,
+        typer.Option(
+            help="Load the current generation; or nothing, for a server with --engine triton, which looks after what it loads."
+        ),
     ] = True,
     threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
     interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
@@ -329,7 +332,7 @@ def run(
         if not stop.is_set():
             # Scripts wait for this line and read the real addresses from it.
             print(_triton_line(triton, generation), flush=True)
-        supervisor.watch(stop, interval)
+        supervisor.watch(stop, interval, looks=load)
     counts = f"{_counted(supervisor.num_restarts, 'restart')}, {_counted(supervisor.num_revivals, 'segment')} loaded again"
     print(f"stopped; {counts}")
 

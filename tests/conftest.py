@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +28,5 @@ def triton(triton_folder: pathlib.Path) -> Iterator[object]:
 
     with TritonProcess(environment(), triton_folder, log=triton_folder.with_suffix(".log")) as process:
         yield process
+        # Ending well would take it seconds, which prove nothing here.
+        os.kill(process.pid, signal.SIGKILL)

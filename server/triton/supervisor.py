@@ -95,12 +95,14 @@ class Supervisor:
         if findings:
             raise GenerationRefusedError(generation.number, findings)
 
-    def watch(self, stop: threading.Event, interval_seconds: float) -> None:
+    def watch(self, stop: threading.Event, interval_seconds: float, looks: bool = True) -> None:
         """Keeps Triton and whatever anybody loaded into it alive, until it is told to stop.
 
         Args:
             stop: when set, it returns.
             interval_seconds: between two looks at all segments.
+            looks: whether to look at segments, and not only at Triton. A server with the engine `triton` looks at those it loads itself,
+                and what others ask them spoils its counts.
 
         Raises:
             TritonError, SettingsError: Triton ended and does not start again.
@@ -110,6 +112,8 @@ class Supervisor:
             while not stop.wait(interval_seconds):
                 if not self._process.is_running:
                     self._restart()
+                if not looks:
+                    continue
                 try:
                     self._look(stub, stop)
                 except grpc.RpcError as error:

@@ -4,8 +4,8 @@ Several servers may share a Triton, each with its own idea of what is needed. So
 
 - its name is of content (or it is the alias of a task that is gone), and this server's repository published it, or this server loaded it;
 - neither a generation that this server holds nor the repository's current generation has it;
-- nobody, whoever it be, has asked it for a while: every server keeps asking what it holds;
-- no ensemble that is loaded, whosever it be, runs through it: unloading a segment takes its ensembles down.
+- it has been so for a while, in which nobody, whoever it be, asked it if it is an ensemble: every server keeps asking what it holds;
+- no ensemble that is loaded, whosever it be, runs through it if it is a segment: unloading it would take the ensemble down.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from tritonclient.grpc import model_config_pb2
 from server.config import TritonSettings
 from server.errors import EndpointError, EndpointGoneError, ModelMissingError, RepositoryError
 from server.generation import Generation, Task
-from server.repository import published_models
+from server.repository import PublishedModels, published_models
 from server.triton.endpoint import ModelCounts
 from server.triton.fleet import Fleet, Member
 from server.verification import check_alias
 
 _log = logging.getLogger(__name__)
 
+_NOTHING = ModelCounts(0, 0)
 _CONTENT_NAMED = re.compile(r"seg-[0-9a-f]{12}|[a-z0-9][a-z0-9_-]*\.[0-9a-f]{12}")
 
 
@@ -89,7 +90,9 @@ class Tidying:
         if self._waiting:
             # The publisher writes aliases last, so that this passes. If it does not, it is to be seen.
             _log.info("aliases at Triton %s that wait: %s", self._endpoint.address, "; ".join(self._waiting.values()))
-        for name in (self._endpoint.models(ready=True) & self._fleet.known).difference(generation.tasks):
+        published = self._published()
+        known = self._fleet.known | (published.kept if published else frozenset())
+        for name in (self._endpoint.models(ready=True) & known).difference(generation.tasks):
             if not _CONTENT_NAMED.fullmatch(name) and self._is_ours(name):
                 self._try_to_unload(name)
                 self._aliases.pop(name, None)
@@ -117,10 +120,8 @@ class Tidying:
         if not candidates:
             self._idle.clear()
             return
-        try:
-            published = published_models(self._repository)
-        except RepositoryError as error:
-            _log.warning("nothing is unloaded at Triton %s: %s", self._endpoint.address, error)
+        published = self._published()
+        if published is None:
             return
         candidates &= published.kept | self._fleet.known
         idle = self._idle_among(candidates - published.current, self._endpoint.counts())
@@ -134,12 +135,20 @@ class Tidying:
             for name in sorted(segments - used):
                 self._try_to_unload(name)
 
+    def _published(self) -> PublishedModels | None:
+        try:
+            return published_models(self._repository)
+        except RepositoryError as error:
+            _log.warning("what is not needed stays at Triton %s: %s", self._endpoint.address, error)
+            return None
+
     def _idle_among(self, models: Collection[str], counts: Mapping[str, ModelCounts]) -> set[str]:
-        """Returns those of these models that nobody has asked for a while."""
+        """Returns those of these models that nobody has needed for a while."""
         now = time.monotonic()
         idle: dict[str, tuple[ModelCounts, float]] = {}
         for name in models:
-            count = counts.get(name, ModelCounts(0, 0))
+            # Segments are asked by whoever looks whether they live, and otherwise through ensembles only.
+            count = counts.get(name, _NOTHING) if "." in name else _NOTHING
             known = self._idle.get(name)
             idle[name] = known if known is not None and known[0] == count else (count, now)
         self._idle = idle

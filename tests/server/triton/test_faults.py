@@ -43,7 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def tritons(folder: pathlib.Path) -> Iterator[list[TritonProcess]]:
     with contextlib.ExitStack() as stack:
         logs = (folder.with_name(f"{folder.name}-{index}.log") for index in range(2))
-        yield [stack.enter_context(TritonProcess(environment(), folder, log=log)) for log in logs]
+        started = [stack.enter_context(TritonProcess(environment(), folder, log=log)) for log in logs]
+        yield started
+        for triton in started:
+            # Ending well would take it seconds, which prove nothing here.
+            os.kill(triton.pid, signal.SIGKILL)
 
 
 @pytest.fixture
