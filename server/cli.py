@@ -283,7 +283,7 @@ def run(
         pathlib.Path, typer.Option(help="The folder that `munet-server triton install` made.")
     ] = DEFAULT_FOLDER,
     load: Annotated[
-        bool, typer.Option(help="Load the current generation; or nothing, for a front door that loads what it serves.")
+        bool, typer.Option(help="Load the current generation and keep it alive; or leave all that to a front door.")
     ] = True,
     threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
     interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
@@ -305,7 +305,7 @@ def run(
         reader.current_number()
     addresses = TritonAddresses(grpc, http, metrics)
     with TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton:
-        supervisor = Supervisor(triton, repository)
+        supervisor = Supervisor(triton, repository, loads=load)
         if generation is not None:
             supervisor.load(generation, stop)
         if not stop.is_set():

@@ -58,15 +58,18 @@ class Supervisor:
     Args:
         process: the Triton, running; whoever made it stops it.
         repository: the folder that it serves.
+        loads: whether what is loaded into it is kept alive, too. Not where a front door does so, which also unloads what nobody asks for:
+            what is tried here would look as if somebody did.
 
     Attributes:
         num_restarts: how often Triton had to be started again.
         num_revivals: how often a segment had to be loaded again.
     """
 
-    def __init__(self, process: TritonProcess, repository: pathlib.Path) -> None:
+    def __init__(self, process: TritonProcess, repository: pathlib.Path, loads: bool = True) -> None:
         self._process = process
         self._repository = repository
+        self._loads = loads
         self._requests: dict[str, _Requests] = {}
         self._loaded: set[str] = set()
         self._owed: set[str] = set()
@@ -96,11 +99,11 @@ class Supervisor:
             raise GenerationRefusedError(generation.number, findings)
 
     def watch(self, stop: threading.Event, interval_seconds: float) -> None:
-        """Keeps Triton and whatever anybody loaded into it alive, until it is told to stop.
+        """Keeps Triton alive, and what anybody loaded into it, until it is told to stop.
 
         Args:
             stop: when set, it returns.
-            interval_seconds: between two looks at all segments.
+            interval_seconds: between two looks.
 
         Raises:
             TritonError, SettingsError: Triton ended and does not start again.
@@ -111,7 +114,8 @@ class Supervisor:
                 if not self._process.is_running:
                     self._restart()
                 try:
-                    self._look(stub, stop)
+                    if self._loads:
+                        self._look(stub, stop)
                 except grpc.RpcError as error:
                     # It ended meanwhile, or is too busy even to count.
                     _log.warning("Triton says nothing of itself: %s", _reason(error))
