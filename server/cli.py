@@ -24,6 +24,7 @@ from server.classification import Classifier
 from server.client import AdminClient, Client
 from server.config import MAX_THREADS, ServerSettings, check_address, read_settings
 from server.embedded.engine import EmbeddedEngine
+from server.engine import Engine
 from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
 from server.front_door.edge import Edge
 from server.front_door.health import Health
@@ -35,6 +36,7 @@ from server.preprocessing import Preprocessor
 from server.reload import Reloader
 from server.repository import Repository
 from server.results import Classification, ServerStatus
+from server.triton.engine import TritonEngine
 from server.triton.environment import DEFAULT_FOLDER, find_environment
 from server.triton.environment import install as install_triton
 from server.triton.process import TritonAddresses, TritonProcess
@@ -75,7 +77,7 @@ class RunningServer:
 
     front_door: FrontDoor
     reloader: Reloader
-    engine: EmbeddedEngine
+    engine: Engine
     metrics_address: str
 
     @property
@@ -99,7 +101,9 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         ServerError: the repository cannot be served or an address cannot be listened on.
     """
     async with contextlib.AsyncExitStack() as stack:
-        engine = EmbeddedEngine(settings.engine)
+        engine: Engine
+        tritons = TritonEngine(settings) if settings.engine.kind == "triton" else None
+        engine = tritons or EmbeddedEngine(settings.engine)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         metrics = Metrics(engine.statistics)
         health = Health((INFERENCE_SERVICE, ADMIN_SERVICE))
@@ -107,8 +111,11 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         def on_swap(generation: Generation) -> None:
             health.set_serving(generation.tasks)
             metrics.set_generation(generation.number, len(generation.tasks))
+            if tritons is not None:
+                tritons.follow(generation)
 
-        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload)
+        retry_seconds = settings.triton.retry_seconds if tritons is not None else None
+        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload, retry_seconds)
         stack.push_async_callback(reloader.close)
         await reloader.reload()
         preprocessor = Preprocessor(settings.num_decode_threads, settings.limits.image)
@@ -122,7 +129,7 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         front_door = FrontDoor(
             settings,
             InferenceServicer(classifier),
-            AdminServicer(reloader, engine),
+            AdminServicer(reloader, engine, tritons.endpoints if tritons is not None else tuple),
             health,
             Edge(settings.limits, metrics),
         )
@@ -159,6 +166,12 @@ def serve(
     metrics_listen: Annotated[
         str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP.", show_default="none")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="embedded, in this process; or triton, in the Tritons named.", show_default="embedded")
+    ] = None,
+    triton: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a Triton's gRPC; repeat for several.", show_default="none")
+    ] = None,
     device: DeviceOption = None,
     threads: Annotated[
         int | None,
@@ -185,13 +198,18 @@ def serve(
         "listen": listen,
         "admin_listen": admin_listen,
         "metrics_listen": metrics_listen,
+        "engine.kind": engine,
         "engine.device": device,
         "engine.threads": threads,
+        "triton.endpoints": triton or None,
         "watch_interval_seconds": watch_interval,
         "drain_seconds": drain,
         "grace_seconds": grace,
     }
-    asyncio.run(_serve(read_settings(settings, overrides)))
+    told = read_settings(settings, overrides)
+    if told.triton.endpoints and told.engine.kind != "triton":
+        raise SettingsError("engine.kind", told.engine.kind, "triton where Tritons are named; add --engine triton")
+    asyncio.run(_serve(told))
 
 
 @app.command()
@@ -363,6 +381,10 @@ def _status_text(status_: ServerStatus) -> str:
     if last is not None:
         outcome = f"refused: {last.error}" if last.error else "served"
         lines.append(f"last reload: generation {last.generation} {outcome} ({last.finished:%Y-%m-%d %H:%M:%S} UTC)")
+    for endpoint in status_.endpoints:
+        held = f", generation {' and '.join(map(str, endpoint.generations))}" if endpoint.generations else ""
+        wrong = f": {endpoint.reason}" if endpoint.reason else ""
+        lines.append(f"Triton {endpoint.address} is {endpoint.state} since {endpoint.since:%Y-%m-%d %H:%M:%S} UTC{held}{wrong}")
     lines.append(f"{'segment':<18}{'requested':>12}{'computed':>12}{'saved':>12}{'batches':>12}  tasks")
     lines += [
         f"{segment.name:<18}{segment.rows_requested:>12}{segment.rows_computed:>12}{segment.rows_saved:>12}"

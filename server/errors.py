@@ -13,9 +13,11 @@
     │   ├── NotLoadedError          the generation is not loaded
     │   ├── EngineClosedError       the engine is closing or closed
     │   └── EndpointError           a Triton elsewhere did not do what it was asked
-    │       ├── EndpointGoneError       it does not answer, or not in time
+    │       ├── EndpointGoneError       it does not answer
+    │       │   └── EndpointSilentError     it took the call and says nothing
     │       ├── ModelMissingError       it does not hold a model
     │       ├── ModelDeadError          the process that runs a model there is dead
+    │       ├── ModelSilentError        a model there says nothing, while others answer
     │       └── ModelFailedError        it says that a model cannot be loaded or failed
     ├── TritonError                 a Triton of ours that cannot run
     │   ├── TritonEnvironmentError  the environment that it runs in is missing or cannot be made
@@ -232,7 +234,11 @@ class EndpointError(EngineError):
 
 
 class EndpointGoneError(EndpointError):
-    """It does not answer, or not in time."""
+    """It does not answer."""
+
+
+class EndpointSilentError(EndpointGoneError):
+    """It took the call and says nothing."""
 
 
 class ModelMissingError(EndpointError):
@@ -241,6 +247,10 @@ class ModelMissingError(EndpointError):
 
 class ModelDeadError(EndpointError):
     """The process that runs a model there is dead."""
+
+
+class ModelSilentError(EndpointError):
+    """A model there says nothing, while others answer."""
 
 
 class ModelFailedError(EndpointError):

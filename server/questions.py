@@ -15,7 +15,7 @@ from server.engine import Logits, Question
 from server.errors import ServerError
 from server.generation import Generation
 
-Settlement = Callable[[], None]
+Settlement = Callable[[], object]
 """Completes a future; called without an engine's lock, because futures call back."""
 
 
@@ -42,17 +42,22 @@ class RouteTree:
 
     Attributes:
         roots: first segments; more than one if some tasks share not even that.
-        num_branches: how often some segment runs on each image.
+        branches: all places in it.
     """
 
     roots: tuple[Branch, ...]
-    num_branches: int
+    branches: tuple[Branch, ...]
+
+    @property
+    def num_branches(self) -> int:
+        """How often some segment runs on each image."""
+        return len(self.branches)
 
     @classmethod
     def build(cls, generation: Generation, tasks: Sequence[str]) -> RouteTree:
         """Returns the tree of these tasks' routes."""
         roots: dict[str, Branch] = {}
-        num_branches = 0
+        branches = []
         for name in tasks:
             children = roots
             branch = None
@@ -60,12 +65,12 @@ class RouteTree:
                 branch = children.get(segment)
                 if branch is None:
                     branch = children[segment] = Branch(segment)
-                    num_branches += 1
+                    branches.append(branch)
                 branch.num_tasks += 1
                 children = branch.children
             if branch is not None:
                 branch.leaves.append(name)
-        return cls(tuple(roots.values()), num_branches)
+        return cls(tuple(roots.values()), tuple(branches))
 
 
 class LoadedGeneration:

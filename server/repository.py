@@ -6,6 +6,7 @@ files say to each other (routes' shapes, Triton's configs) is the matter of `ser
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -235,6 +236,40 @@ class Repository:
             test_accuracy=task.test_accuracy if task.HasField("test_accuracy") else None,
             golden=Golden(self.root / task.golden.images, logits, task.golden.tolerance),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PublishedModels:
+    """Triton models that a repository holds, by name.
+
+    Attributes:
+        current: those of the current generation, with its aliases.
+        kept: those of every generation that is there, with their aliases.
+    """
+
+    current: frozenset[str]
+    kept: frozenset[str]
+
+
+def published_models(root: pathlib.Path) -> PublishedModels:
+    """Returns which models a repository holds, as its generations say; verifies nothing.
+
+    Args:
+        root: the repository.
+
+    Raises:
+        RepositoryError: it cannot be read.
+    """
+    current = Repository(root).current_number()
+    models: dict[str, frozenset[str]] = {}
+    try:
+        for path in root.glob("generation-*.json"):
+            manifest = json.loads(path.read_bytes())
+            folders = {entry["path"].partition("/")[0] for entry in manifest["files"] if "/" in entry["path"]}
+            models[path.name] = frozenset(folders | {task["name"] for task in manifest["tasks"]})
+        return PublishedModels(models[f"generation-{current}.json"], frozenset().union(*models.values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RepositoryError(f"{root}: found {error!r}, expected generations that can be read") from error
 
 
 def model_path(segment: str) -> str:

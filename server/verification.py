@@ -19,7 +19,7 @@ from munet.names import check_task_name
 from munet.parity import tolerance_of
 from munet.v1 import generation_pb2
 from server.errors import Finding
-from server.generation import Generation, Segment, TensorSpec, shapes_agree
+from server.generation import Generation, Segment, Task, TensorSpec, shapes_agree
 
 MAX_IMAGE_SIZE = 8192
 """Greatest height and width, in pixels, that a route may take."""
@@ -294,6 +294,32 @@ def check_ensemble(
             yield Finding(
                 f"{where}: output {output!r}", f"dims {list(outputs[output].dims)}", f"what its step gives, {list(dims)}"
             )
+
+
+def check_alias(root: pathlib.Path, task: Task) -> list[Finding]:
+    """Checks that a task's alias, `<task>`, is its ensemble under the task's name.
+
+    Args:
+        root: the repository.
+        task: whose.
+    """
+    path = f"{task.name}/config.pbtxt"
+    advice = "publish again"
+    try:
+        alias = parse_config(root / path)
+        ensemble = parse_config(root / task.ensemble / "config.pbtxt")
+        labels = {
+            output.label_filename: (root / task.ensemble / output.label_filename).read_bytes() for output in ensemble.output
+        }
+        altered = [name for name, content in labels.items() if (root / task.name / name).read_bytes() != content]
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        return [Finding(path, str(error)[:300], f"{task.ensemble} under the task's name", advice)]
+    findings = [Finding(f"{task.name}/{name}", "other labels", f"those of {task.ensemble}", advice) for name in altered]
+    name = alias.name
+    alias.name = ensemble.name = ""
+    if name not in ("", task.name) or alias != ensemble:
+        findings.append(Finding(path, "another config", f"{task.ensemble} under the task's name", advice))
+    return findings
 
 
 def _used(config: ModelConfig, segments: dict[str, ModelConfig]) -> list[ModelConfig]:

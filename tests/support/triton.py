@@ -11,16 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
+from server.config import ServerSettings
 from server.triton.environment import TritonEnvironment, find_environment
+from server.triton.process import TritonProcess
 from tests.support.processes import TOP
 from tests.support.processes import environment as variables
+from tests.support.serving import ENGINE, server_settings
 
 FOLDER = TOP / ".triton"
 TIMEOUT_SECONDS = 60
@@ -92,6 +95,22 @@ class TritonRun:
             self.process.wait()
 
 
+def triton_settings(repository: pathlib.Path, *tritons: TritonProcess, **overrides: Any) -> ServerSettings:
+    """Returns settings of a server on these Tritons; overrides are of the table `triton`."""
+    triton: dict[str, Any] = {
+        "endpoints": [process.addresses.grpc for process in tritons],
+        "probe_interval_seconds": 0.1,
+        "start_seconds": 10.0,
+    }
+    return server_settings(repository, engine=ENGINE.model_copy(update={"kind": "triton"}), triton=triton | overrides)
+
+
+def segment_process(process: TritonProcess, segment: str) -> int:
+    """Returns the id of the process that runs a segment within a Triton; 0 if there is none."""
+    found = [pid for pid in children(process.pid) if f"/{segment}/" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+    return found[0] if found else 0
+
+
 class Caller:
     """Plain calls of KServe v2 over gRPC."""
 
@@ -114,7 +133,13 @@ class Caller:
             self.stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name=model), timeout=TIMEOUT_SECONDS)
 
     def ready(self) -> set[str]:
+        """Returns the names of the models that answer."""
         return {model.name for model in self.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True)).models}
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Returns rows and executions of each model, as Triton counts them."""
+        answer = self.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=TIMEOUT_SECONDS)
+        return {model.name: (model.inference_count, model.execution_count) for model in answer.model_stats}
 
     def executions(self, model: str) -> int:
         return int(self.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name=model)).model_stats[0].execution_count)
@@ -157,7 +182,7 @@ def kill(pid: int) -> None:
     wait_until(lambda: not is_alive(pid))
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+def wait_until(condition: Callable[[], object], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
