@@ -322,8 +322,10 @@ def run(
     if generation is None:
         reader.current_number()
     addresses = TritonAddresses(grpc, http, metrics)
-    with TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton:
-        supervisor = Supervisor(triton, repository, loads=load)
+    with (
+        TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton,
+        contextlib.closing(Supervisor(triton, repository, loads=load)) as supervisor,
+    ):
         if generation is not None:
             supervisor.load(generation, stop)
         if not stop.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -237,14 +238,18 @@ def test_what_triton_cannot_load_is_named(
     else:
         expected = damage(changed, number)
         generation = read_generation(Repository(changed.root))
-    with pytest.raises(GenerationRefusedError, match=f"(?s)generation {number} is refused: {expected}"):
-        Supervisor(triton, changed.root).load(generation, threading.Event())
+    with (
+        contextlib.closing(Supervisor(triton, changed.root)) as supervisor,
+        pytest.raises(GenerationRefusedError, match=f"(?s)generation {number} is refused: {expected}"),
+    ):
+        supervisor.load(generation, threading.Event())
 
 
 def test_a_generation_without_faults_loads_beside_them(triton: TritonProcess, changed: RepositoryBuilder) -> None:
     changed.publish(PLANS)
     generation = read_generation(Repository(changed.root))
-    Supervisor(triton, changed.root).load(generation, threading.Event())
+    with contextlib.closing(Supervisor(triton, changed.root)) as supervisor:
+        supervisor.load(generation, threading.Event())
     with Caller(triton.addresses.grpc) as caller:
         assert {*generation.segments, *ensembles_of(generation)} <= caller.ready()
         assert all(is_right(caller, task) for task in PLANS)
@@ -296,7 +301,7 @@ def test_a_broken_segment_ends_it_with_status_2(tmp_path: pathlib.Path) -> None:
     said = refuse(builder.root, "--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
     name = expected.split("'")[1]
     assert said.startswith(f"munet-server: generation 1 is refused: model {name!r}: found ")
-    assert "Protobuf parsing failed., expected one that Triton loads; publish again" in said
+    assert "Protobuf parsing failed. (INVALID_ARGUMENT), expected one that Triton loads; publish again" in said
 
 
 def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path) -> None:
