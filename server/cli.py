@@ -301,10 +301,7 @@ def run(
         pathlib.Path, typer.Option(help="The folder that `munet-server triton install` made.")
     ] = DEFAULT_FOLDER,
     load: Annotated[
-        bool,
-        typer.Option(
-            help="Load the current generation; or nothing, for a server with --engine triton, which looks after what it loads."
-        ),
+        bool, typer.Option(help="Load the current generation and keep it alive; or leave all that to a front door.")
     ] = True,
     threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
     interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
@@ -325,14 +322,16 @@ def run(
     if generation is None:
         reader.current_number()
     addresses = TritonAddresses(grpc, http, metrics)
-    with TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton:
-        supervisor = Supervisor(triton, repository)
+    with (
+        TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton,
+        contextlib.closing(Supervisor(triton, repository, loads=load)) as supervisor,
+    ):
         if generation is not None:
             supervisor.load(generation, stop)
         if not stop.is_set():
             # Scripts wait for this line and read the real addresses from it.
             print(_triton_line(triton, generation), flush=True)
-        supervisor.watch(stop, interval, looks=load)
+        supervisor.watch(stop, interval)
     counts = f"{_counted(supervisor.num_restarts, 'restart')}, {_counted(supervisor.num_revivals, 'segment')} loaded again"
     print(f"stopped; {counts}")
 

@@ -317,7 +317,8 @@ def segments_in(words: str) -> frozenset[str]:
 
 
 def _legible(words: str) -> str:
-    """Returns words without what is no text: some of Triton's errors hold stray bytes."""
+    """Returns words without what is no text: some of Triton's errors hold stray bytes, or where in its Python files they were raised."""
+    words = words.partition("\n\nAt:")[0].rstrip(";\n ")
     return " ".join("".join(character if character.isprintable() else " " for character in words).split())[:1000]
 
 

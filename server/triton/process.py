@@ -136,10 +136,6 @@ class TritonProcess:
                 self.addresses = addresses
                 return
 
-    def connect(self) -> grpc.Channel:
-        """Returns a gRPC channel to it, which also outlives its restarts. Whoever asks for it closes it."""
-        return _connect(self.addresses)
-
     def stop(self) -> int:
         """Ends it, kindly at first, and removes what it left; returns its last exit status, negative for a signal."""
         if self._process is not None and self.is_running:
@@ -203,7 +199,9 @@ class TritonProcess:
 
     def _await_ready(self, addresses: TritonAddresses, offset: int) -> None:
         deadline = time.monotonic() + START_SECONDS
-        with _connect(addresses) as channel:
+        # gRPC waits longer after each failed try to connect: at first a second, in which Triton could have been ready.
+        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+        with grpc.insecure_channel(addresses.grpc, options) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             while self.is_running and time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
@@ -238,13 +236,6 @@ class TritonProcess:
         self.stop()
         if self._is_log_temporary and kind is None:
             self.log.unlink(missing_ok=True)
-
-
-def _connect(addresses: TritonAddresses) -> grpc.Channel:
-    # gRPC waits longer after each failed try to connect: at first a second, in which Triton could have been ready.
-    return grpc.insecure_channel(
-        addresses.grpc, [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
-    )
 
 
 @contextlib.contextmanager

@@ -6,25 +6,30 @@ if it answers: requests that others asked meanwhile count, and where there were 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pathlib
 import shutil
 import threading
 from collections.abc import Iterator
 
-import grpc
 import numpy as np
-import numpy.typing as npt
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2, service_pb2
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub as Stub
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.grpc import model_config_pb2
 
 from munet.parity import find_disagreement
-from server.errors import Finding, GenerationRefusedError, SharedMemoryError
+from server.config import TritonSettings
+from server.errors import (
+    EndpointError,
+    EndpointGoneError,
+    EndpointSilentError,
+    Finding,
+    GenerationRefusedError,
+    ModelDeadError,
+    ModelMissingError,
+    SharedMemoryError,
+)
 from server.generation import Generation, Task
 from server.repository import Repository, config_path
+from server.triton.endpoint import Access, Endpoint, to_request
 from server.triton.process import TritonProcess
 from server.triton.shared_memory import FOLDER
 from server.verification import parse_config
@@ -44,30 +49,26 @@ _NUM_TOKENS = 2
 """What a tried inference has where any number goes: few, yet not 1, which exporters like to treat as a case of its own."""
 
 
-@dataclasses.dataclass
-class _Requests:
-    """What Triton counted of a segment: requests answered and requests failed."""
-
-    answered: int
-    failed: int
-
-
 class Supervisor:
     """Keeps one Triton serving. For one thread, which must live as long as Triton should.
 
     Args:
         process: the Triton, running; whoever made it stops it.
         repository: the folder that it serves.
+        loads: whether what is loaded into it is kept alive, too. Not where a front door does so, which also unloads what nobody asks for:
+            what is tried here would look as if somebody did.
 
     Attributes:
         num_restarts: how often Triton had to be started again.
         num_revivals: how often a segment had to be loaded again.
     """
 
-    def __init__(self, process: TritonProcess, repository: pathlib.Path) -> None:
+    def __init__(self, process: TritonProcess, repository: pathlib.Path, loads: bool = True) -> None:
         self._process = process
         self._repository = repository
-        self._requests: dict[str, _Requests] = {}
+        self._loads = loads
+        self._endpoint = Endpoint(process.addresses.grpc, Access.read(TritonSettings()))
+        self._rows: dict[str, int] = {}
         self._loaded: set[str] = set()
         self._owed: set[str] = set()
         self._reasons: dict[str, str] = {}
@@ -83,94 +84,100 @@ class Supervisor:
 
         Raises:
             GenerationRefusedError: Triton cannot load it or answers otherwise than it should.
+            EndpointGoneError: it does not answer at all.
         """
-        with self._process.connect() as channel:
-            stub = Stub(channel)
-            for names in (list(generation.segments), ensembles_of(generation)):
-                findings = [finding for name in names if not stop.is_set() and (finding := _load(stub, name))]
-                if findings:
-                    raise GenerationRefusedError(generation.number, findings)
-            tasks = generation.tasks.values()
-            findings = [finding for task in tasks if not stop.is_set() and (finding := _rehearse(stub, task))]
+        for names in (list(generation.segments), ensembles_of(generation)):
+            findings = [finding for name in names if not stop.is_set() and (finding := self._load(name))]
+            if findings:
+                raise GenerationRefusedError(generation.number, findings)
+        tasks = [task for task in generation.tasks.values() if not stop.is_set()]
+        findings = [finding for task in tasks if (finding := self._rehearse(task))]
         if findings:
             raise GenerationRefusedError(generation.number, findings)
 
-    def watch(self, stop: threading.Event, interval_seconds: float, looks: bool = True) -> None:
-        """Keeps Triton and whatever anybody loaded into it alive, until it is told to stop.
+    def watch(self, stop: threading.Event, interval_seconds: float) -> None:
+        """Keeps Triton alive, and what anybody loaded into it, until it is told to stop.
 
         Args:
             stop: when set, it returns.
-            interval_seconds: between two looks at all segments.
-            looks: whether to look at segments, and not only at Triton. A server with the engine `triton` looks at those it loads itself,
-                and what others ask them spoils its counts.
+            interval_seconds: between two looks.
 
         Raises:
             TritonError, SettingsError: Triton ended and does not start again.
         """
-        with self._process.connect() as channel:
-            stub = Stub(channel)
-            while not stop.wait(interval_seconds):
-                if not self._process.is_running:
-                    self._restart()
-                if not looks:
-                    continue
-                try:
-                    self._look(stub, stop)
-                except grpc.RpcError as error:
-                    # It ended meanwhile, or is too busy even to count.
-                    _log.warning("Triton says nothing of itself: %s", _reason(error))
+        while not stop.wait(interval_seconds):
+            if not self._process.is_running:
+                self._restart()
+            try:
+                if self._loads:
+                    self._look(stop)
+            except EndpointGoneError as error:
+                # It ended meanwhile, or is too busy even to count.
+                _log.warning("%s", error)
+
+    def close(self) -> None:
+        """Gives up the connection to Triton."""
+        self._endpoint.close()
 
     def _restart(self) -> None:
         _log.error("Triton ended with %s; its log is %s", self._process.outcome, self._process.log)
         self._process.start()
+        self._endpoint.reconnect()
         self.num_restarts += 1
         self._owed |= self._loaded
-        self._requests.clear()
+        self._rows.clear()
         _log.warning("Triton was started again, with %d models to load", len(self._owed))
 
-    def _look(self, stub: Stub, stop: threading.Event) -> None:
+    def _look(self, stop: threading.Event) -> None:
         """Loads what is owed, then tries every segment that nobody got an answer from since the last look."""
         for name in sorted(self._owed, key=lambda name: (not name.startswith("seg-"), name)):
             if not stop.is_set():
-                self._bring_back(stub, name)
-        statistics = stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=ANSWER_SECONDS).model_stats
-        self._loaded = {model.name for model in statistics} | self._owed
-        for model in statistics:
-            if model.name.startswith("seg-") and not stop.is_set():
-                found = _Requests(model.inference_stats.success.count, model.inference_stats.fail.count)
-                self._check(stub, model.name, found)
+                self._bring_back(name)
+        counts = self._endpoint.counts()
+        self._loaded = {*counts, *self._owed}
+        for name in sorted(counts):
+            if name.startswith("seg-") and not stop.is_set():
+                self._check(name, counts[name].rows)
 
-    def _check(self, stub: Stub, name: str, found: _Requests) -> None:
-        before = self._requests.get(name)
-        self._requests[name] = found
-        if before is not None and found.answered > before.answered and found.failed == before.failed:
+    def _check(self, name: str, rows: int) -> None:
+        before = self._rows.get(name)
+        self._rows[name] = rows
+        if before is not None and rows > before:
             return
         try:
-            _infer(stub, name, *_probe(self._repository, name))
-            found.answered += 1
-        except (OSError, ValueError, KeyError, text_format.ParseError) as error:
-            self._say(name, f"{name} cannot be tried: {error}")
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                _log.warning("%s did not answer within %g s", name, ANSWER_SECONDS)
-            # Not found: another controller unloaded it since Triton counted.
-            elif error.code() is not grpc.StatusCode.NOT_FOUND:
-                self._revive(stub, name, _reason(error))
+            self._try(name)
+            self._rows[name] += 1
+        except ModelMissingError:
+            # Another controller unloaded it since Triton counted.
+            self._rows.pop(name)
+        except EndpointSilentError as error:
+            _log.warning("%s: %s", name, error)
+        except ModelDeadError as error:
+            _log.error("%s is dead and will be loaded again: %s", name, error)
+            # Loading alone would change nothing, because its files did not. The ensembles that need it go and come back with it.
+            self._endpoint.unload(name)
+            self._rows.pop(name)
+            self.num_revivals += 1
+            self._bring_back(name)
+        except EndpointGoneError:
+            raise
+        except EndpointError as error:
+            self._say(name, f"{name} fails: {error}")
 
-    def _revive(self, stub: Stub, name: str, reason: str) -> None:
-        _log.error("%s is dead and will be loaded again: %s", name, reason)
-        # Loading alone would change nothing, because its files did not. The ensembles that need it go and come back with it.
-        stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name=name), timeout=LOAD_SECONDS)
-        self._requests.pop(name)
-        self.num_revivals += 1
-        self._bring_back(stub, name)
+    def _try(self, segment: str) -> None:
+        """Has a segment run one row of zeros."""
+        config = self._endpoint.config(segment)
+        tensor = config.input[0]
+        shape = [1, *(_NUM_TOKENS if size < 0 else size for size in tensor.dims)]
+        row = np.zeros(shape, _TYPES[model_config_pb2.DataType.Name(tensor.data_type)])
+        self._endpoint.ask(to_request(segment, row, [config.output[0].name], tensor.name), ANSWER_SECONDS)
 
-    def _bring_back(self, stub: Stub, name: str) -> None:
+    def _bring_back(self, name: str) -> None:
         if not (self._repository / name).is_dir():
             # Loaded under a throw-away name, or collected meanwhile.
             self._owed.discard(name)
             return
-        finding = _load(stub, name)
+        finding = self._load(name)
         if finding is None:
             self._owed.discard(name)
             self._reasons.pop(name, None)
@@ -184,6 +191,28 @@ class Supervisor:
         if self._reasons.get(name) != reason:
             self._reasons[name] = reason
             _log.error("%s", reason)
+
+    def _load(self, name: str) -> Finding | None:
+        try:
+            self._endpoint.load(name, LOAD_SECONDS)
+        except EndpointGoneError:
+            raise
+        except EndpointError as error:
+            return Finding(f"model {name!r}", error.reason, "one that Triton loads", "publish again")
+        return None
+
+    def _rehearse(self, task: Task) -> Finding | None:
+        where = f"task {task.name!r}: golden answer"
+        try:
+            # One by one: how many go together is each segment's own matter.
+            requests = [to_request(task.ensemble, image[np.newaxis], ["logits"]) for image in task.golden.read_images()]
+            logits = np.concatenate([self._endpoint.ask(request, ANSWER_SECONDS)["logits"] for request in requests])
+        except EndpointError as error:
+            return Finding(where, error.reason, "logits", "publish again")
+        except (OSError, ValueError) as error:
+            return Finding(task.golden.images.name, str(error)[:300], "golden images", "publish again")
+        disagreement = find_disagreement(logits, task.golden.logits, task.golden.tolerance)
+        return None if disagreement is None else Finding(where, *disagreement, "publish again")
 
 
 def read_generation(repository: Repository) -> Generation:
@@ -230,44 +259,3 @@ def _check_kinds(root: pathlib.Path, generation: Generation) -> Iterator[Finding
         if any(group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU for group in config.instance_group):
             advice = "publish with `munet-evolve export --target cpu`, or serve it with a container of Triton"
             yield Finding(f"{config_path(name)}: instance_group", "KIND_GPU", "KIND_CPU: the wheel's Triton has no GPU", advice)
-
-
-def _load(stub: Stub, name: str) -> Finding | None:
-    try:
-        stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name=name), timeout=LOAD_SECONDS)
-    except grpc.RpcError as error:
-        return Finding(f"model {name!r}", _reason(error), "one that Triton loads", "publish again")
-    return None
-
-
-def _reason(error: grpc.RpcError) -> str:
-    """Returns what Triton says, without the traceback of its Python process."""
-    return str(error.details()).partition("\n\nAt:")[0].strip("; \n")
-
-
-def _rehearse(stub: Stub, task: Task) -> Finding | None:
-    where = f"task {task.name!r}: golden answer"
-    try:
-        # One by one: how many go together is each segment's own matter.
-        answers = [_infer(stub, task.ensemble, "image", image[np.newaxis]) for image in task.golden.read_images()]
-    except grpc.RpcError as error:
-        return Finding(where, _reason(error), "logits", "publish again")
-    except (OSError, ValueError) as error:
-        return Finding(task.golden.images.name, str(error)[:300], "golden images", "publish again")
-    logits = np.concatenate([np.frombuffer(answer.raw_output_contents[0], np.float32)[np.newaxis] for answer in answers])
-    disagreement = find_disagreement(logits, task.golden.logits, task.golden.tolerance)
-    return None if disagreement is None else Finding(where, *disagreement, "publish again")
-
-
-def _probe(repository: pathlib.Path, segment: str) -> tuple[str, npt.NDArray[np.generic]]:
-    """Returns the name of a segment's input and one row of zeros for it."""
-    tensor = parse_config(repository / config_path(segment)).input[0]
-    shape = [1, *(_NUM_TOKENS if size < 0 else size for size in tensor.dims)]
-    return tensor.name, np.zeros(shape, _TYPES[model_config_pb2.DataType.Name(tensor.data_type)])
-
-
-def _infer(stub: Stub, model: str, name: str, tensor: npt.NDArray[np.generic]) -> service_pb2.ModelInferResponse:
-    """Runs a model of one input."""
-    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[tensor.tobytes()])
-    request.inputs.add(name=name, datatype=np_to_triton_dtype(tensor.dtype), shape=tensor.shape)
-    return stub.ModelInfer(request, timeout=ANSWER_SECONDS)

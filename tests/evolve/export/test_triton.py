@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import threading
 from typing import Any
@@ -158,9 +159,13 @@ def test_the_generation_names_an_ensemble_for_each_image_size(pristine: Publishe
 
 def test_a_real_triton_loads_it_and_answers_as_torch_does(pristine: Published) -> None:
     generation = read_generation(Repository(pristine.repository))
-    with TritonProcess(environment(), pristine.repository) as triton, Caller(triton.addresses.grpc) as caller:
+    with (
+        TritonProcess(environment(), pristine.repository) as triton,
+        contextlib.closing(Supervisor(triton, pristine.repository)) as supervisor,
+        Caller(triton.addresses.grpc) as caller,
+    ):
         # Asks every task its golden images, whose logits torch computed.
-        Supervisor(triton, pristine.repository).load(generation, threading.Event())
+        supervisor.load(generation, threading.Event())
         assert caller.ready() == {*generation.segments, *ensembles_of(generation)}
         images = generation.tasks["plain"].golden.read_images()
         answers = caller.infer(generation.ensembles[16], images)

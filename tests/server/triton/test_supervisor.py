@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -107,14 +108,14 @@ def test_a_killed_triton_is_started_again_where_it_was(run: TritonRun, caller: C
     before, loaded = run.triton_pid, caller.ready()
     stubs = children(before)
     kill(before)
-    wait_until(lambda: children(run.process.pid) not in ([], [before]) and caller_answers(caller) and caller.ready() == loaded)
+    wait_until(lambda: children(run.process.pid) not in ([], [before]) and answers(caller) and caller.ready() == loaded)
     assert all(is_right(caller, task) for task in PLANS)
     assert not any(map(is_alive, stubs))
     num_segments = len(builder.read_manifest(1).segments)
     assert len(list(MEMORY.glob(f"{prefix_of(run)}-*"))) == num_segments
 
 
-def caller_answers(caller: Caller) -> bool:
+def answers(caller: Caller) -> bool:
     try:
         caller.ready()
     except grpc.RpcError:
@@ -151,19 +152,25 @@ def test_a_second_one_at_the_same_ports_says_so_and_harms_nobody(
     assert all(is_right(caller, task) for task in PLANS)
 
 
-def test_a_second_one_at_other_ports_serves_too(
-    run: TritonRun, caller: Caller, builder: RepositoryBuilder, tmp_path: pathlib.Path
+def test_a_second_one_that_loads_nothing_only_starts_triton_again(
+    run: TritonRun, caller: Caller, builder: RepositoryBuilder, trunk: str, tmp_path: pathlib.Path
 ) -> None:
-    with (
-        TritonRun(builder.root, tmp_path / "output", "--no-load", "--log", str(tmp_path / "log")) as other,
-        Caller(other.address) as both,
-    ):
+    arguments = ("--no-load", "--interval", "0.1", "--log", str(tmp_path / "log"))
+    with TritonRun(builder.root, tmp_path / "output", *arguments) as other, Caller(other.address) as both:
         assert "Triton serving nothing yet" in other.said
-        assert both.ready() == set()
-        both.load(*(segment.name for segment in builder.read_manifest(1).segments), "digits")
+        both.load("digits")
+        # Loaded alone: its segments came with it.
         assert is_right(both, "digits")
+        executions = both.executions(trunk)
+        kill(other.triton_pid)
+        wait_until(lambda: "Triton was started again, with 0 models to load" in other.said and answers(both))
+        assert both.ready() == set()
+        both.load("digits")
+        assert is_right(both, "digits")
+        # Nobody else asks.
+        assert both.executions(trunk) == executions
         assert other.stop(signal.SIGINT) == 0
-    assert other.said.endswith("stopped; 0 restarts, 0 segments loaded again\n")
+    assert other.said.endswith("stopped; 1 restart, 0 segments loaded again\n")
     assert "successfully loaded 'digits'" in (tmp_path / "log").read_text()
     assert all(is_right(caller, task) for task in PLANS)
 
@@ -231,14 +238,18 @@ def test_what_triton_cannot_load_is_named(
     else:
         expected = damage(changed, number)
         generation = read_generation(Repository(changed.root))
-    with pytest.raises(GenerationRefusedError, match=f"(?s)generation {number} is refused: {expected}"):
-        Supervisor(triton, changed.root).load(generation, threading.Event())
+    with (
+        contextlib.closing(Supervisor(triton, changed.root)) as supervisor,
+        pytest.raises(GenerationRefusedError, match=f"(?s)generation {number} is refused: {expected}"),
+    ):
+        supervisor.load(generation, threading.Event())
 
 
 def test_a_generation_without_faults_loads_beside_them(triton: TritonProcess, changed: RepositoryBuilder) -> None:
     changed.publish(PLANS)
     generation = read_generation(Repository(changed.root))
-    Supervisor(triton, changed.root).load(generation, threading.Event())
+    with contextlib.closing(Supervisor(triton, changed.root)) as supervisor:
+        supervisor.load(generation, threading.Event())
     with Caller(triton.addresses.grpc) as caller:
         assert {*generation.segments, *ensembles_of(generation)} <= caller.ready()
         assert all(is_right(caller, task) for task in PLANS)
@@ -290,7 +301,7 @@ def test_a_broken_segment_ends_it_with_status_2(tmp_path: pathlib.Path) -> None:
     said = refuse(builder.root, "--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
     name = expected.split("'")[1]
     assert said.startswith(f"munet-server: generation 1 is refused: model {name!r}: found ")
-    assert "Protobuf parsing failed., expected one that Triton loads; publish again" in said
+    assert "Protobuf parsing failed. (INVALID_ARGUMENT), expected one that Triton loads; publish again" in said
 
 
 def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path) -> None:
