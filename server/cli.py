@@ -22,7 +22,7 @@ import typer
 from server.check import check as check_repository
 from server.classification import Classifier
 from server.client import AdminClient, Client
-from server.config import MAX_THREADS, ServerSettings, check_address, read_settings
+from server.config import MAX_THREADS, MIB, ServerSettings, check_address, read_settings
 from server.embedded.engine import EmbeddedEngine
 from server.engine import Engine
 from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
@@ -305,6 +305,9 @@ def run(
     ] = True,
     threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
     interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
+    cache: Annotated[
+        int, typer.Option(min=0, metavar="MIB", help="Memory for answers of segments published with --response-cache.")
+    ] = 0,
     log: Annotated[
         pathlib.Path | None, typer.Option(help="File that Triton's own log is added to.", show_default="a temporary one")
     ] = None,
@@ -322,8 +325,10 @@ def run(
     if generation is None:
         reader.current_number()
     addresses = TritonAddresses(grpc, http, metrics)
+    found = find_environment(environment)
+    arguments = found.cache_arguments(cache * MIB) if cache else []
     with (
-        TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton,
+        TritonProcess(found, repository, addresses, log, threads, arguments) as triton,
         contextlib.closing(Supervisor(triton, repository, loads=load)) as supervisor,
     ):
         if generation is not None:

@@ -275,6 +275,9 @@ def check_ensemble(
     smallest = min((config_.max_batch_size for config_ in _used(config, segments)), default=1)
     if config.max_batch_size != smallest:
         yield Finding(f"{where}: max_batch_size", repr(config.max_batch_size), f"{smallest}, the least of its segments")
+    if config.response_cache.enable:
+        # Its name is kept by aliases, or its segments' answers may differ: Triton would go on answering what it kept.
+        yield Finding(f"{where}: response_cache", "enabled", "a cache on segments only, whose names are of content")
     if [tensor.name for tensor in config.input] != ["image"]:
         yield Finding(f"{where}: input", repr([tensor.name for tensor in config.input]), "['image']")
         return

@@ -13,7 +13,7 @@ from server.triton.endpoint import Endpoint, Images, to_request
 from server.triton.plans import Plan
 
 _NUM_TOKENS = 2
-"""Of a row of zeros, where any number goes: not 1, which exporters like to treat as a case of its own."""
+"""Of a row of noise, where any number goes: not 1, which exporters like to treat as a case of its own."""
 
 
 def ask(endpoint: Endpoint, counters: Counters, plan: Plan, images: Images, timeout_seconds: float) -> Logits:
@@ -44,7 +44,7 @@ def ask(endpoint: Endpoint, counters: Counters, plan: Plan, images: Images, time
 
 
 def ask_segment(endpoint: Endpoint, counters: Counters, segment: Segment, timeout_seconds: float) -> None:
-    """Has a segment run a row of zeros, without the others of any route.
+    """Has a segment run a row of noise, without the others of any route: nobody has asked about it, so no cache answers.
 
     Args:
         endpoint: whom to ask.
@@ -55,7 +55,8 @@ def ask_segment(endpoint: Endpoint, counters: Counters, segment: Segment, timeou
     Raises:
         EndpointError: it did not work.
     """
-    row = np.zeros([1, *(_NUM_TOKENS if size == ANY else size for size in segment.input.shape)], segment.input.data_type)
+    shape = [1, *(_NUM_TOKENS if size == ANY else size for size in segment.input.shape)]
+    row = np.random.default_rng().integers(0, 2, shape).astype(segment.input.data_type)
     endpoint.ask(to_request(segment.name, row, [segment.output.name], segment.input.name), timeout_seconds)
     branch = Branch(segment.name)
     counters.answered(RouteTree((branch,), (branch,)), 1, 1)

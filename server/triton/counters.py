@@ -13,29 +13,41 @@ from collections.abc import Collection, Iterable, Mapping
 from server.questions import RouteTree
 from server.triton.endpoint import ModelCounts
 
-_NOTHING = ModelCounts(0, 0)
+_NOTHING = ModelCounts(0, 0, 0)
 
 
 @dataclasses.dataclass(slots=True)
 class _Count:
-    """Of one segment. `kept` is from its earlier lives, the rest of this one; `exempt` is what of `seen` does not count."""
+    """Of one segment. `kept` is from its earlier lives, the rest of this one.
 
-    kept: ModelCounts = _NOTHING
-    exempt: ModelCounts = _NOTHING
+    `exempt` is what of `seen` does not count; `pending` what of the next rows that are seen does not, or less if Triton had some of their
+    answers in its cache. `answered` are requests that Triton must have counted by now.
+    """
+
+    kept: tuple[int, int] = (0, 0)
+    exempt: tuple[int, int] = (0, 0)
+    pending: tuple[int, int] = (0, 0)
     seen: ModelCounts = _NOTHING
-    answered_rows: int = 0
+    answered: int = 0
 
     @property
-    def total(self) -> ModelCounts:
-        rows = max(0, self.seen.rows - self.exempt.rows)
+    def total(self) -> tuple[int, int]:
+        rows = max(0, self.seen.rows - self.exempt[0])
         # Rows that do not count may have run together with rows that do: then their batch counts all the same.
-        executions = max(int(rows > 0), self.seen.executions - self.exempt.executions)
-        return ModelCounts(self.kept.rows + rows, self.kept.executions + executions)
+        executions = max(int(rows > 0), self.seen.executions - self.exempt[1])
+        return self.kept[0] + rows, self.kept[1] + executions
 
-    def begin_again(self) -> None:
-        self.kept = self.total
-        self.exempt = self.seen = _NOTHING
-        self.answered_rows = 0
+    def see(self, now: ModelCounts) -> bool:
+        if now.requests < self.seen.requests:
+            self.kept, self.exempt, self.pending = self.total, (0, 0), (0, 0)
+            self.seen, self.answered = _NOTHING, 0
+        new = (now.rows - self.seen.rows, now.executions - self.seen.executions)
+        applied = (min(self.pending[0], new[0]), min(self.pending[1], new[1]))
+        self.exempt = (self.exempt[0] + applied[0], self.exempt[1] + applied[1])
+        self.seen = now
+        is_whole = now.requests >= self.answered
+        self.pending = (0, 0) if is_whole else (self.pending[0] - applied[0], self.pending[1] - applied[1])
+        return is_whole
 
 
 class Counters:
@@ -56,7 +68,7 @@ class Counters:
             for name in segments:
                 if name not in self._counts:
                     before = counts.get(name, _NOTHING)
-                    self._counts[name] = _Count(exempt=before, seen=before, answered_rows=before.rows)
+                    self._counts[name] = _Count(exempt=(before.rows, before.executions), seen=before, answered=before.requests)
 
     def keep(self, segments: Collection[str]) -> None:
         """Forgets all segments but these."""
@@ -75,9 +87,9 @@ class Counters:
             for branch in tree.branches:
                 count = self._counts.get(branch.segment)
                 if count is not None:
-                    count.answered_rows += rows
-                    exempt = count.exempt
-                    count.exempt = ModelCounts(exempt.rows + exempt_rows, exempt.executions + (exempt_rows == rows))
+                    count.answered += 1
+                    pending = count.pending
+                    count.pending = (pending[0] + exempt_rows, pending[1] + (exempt_rows == rows))
 
     def see(self, counts: Mapping[str, ModelCounts]) -> bool:
         """Takes in what Triton says now.
@@ -85,17 +97,11 @@ class Counters:
         Returns:
             Whether it has counted everything that it answered; it does so a moment after the answer.
         """
-        is_whole = True
         with self._lock:
-            for name, count in self._counts.items():
-                now = counts.get(name, _NOTHING)
-                if now.rows < count.seen.rows:
-                    count.begin_again()
-                count.seen = now
-                is_whole = is_whole and now.rows >= count.answered_rows
-        return is_whole
+            whole = [count.see(counts.get(name, _NOTHING)) for name, count in self._counts.items()]
+        return all(whole)
 
-    def totals(self) -> dict[str, ModelCounts]:
-        """Returns what counts, by segment."""
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Returns rows and executions that count, by segment."""
         with self._lock:
             return {name: count.total for name, count in self._counts.items()}

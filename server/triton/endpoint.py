@@ -110,12 +110,14 @@ class ModelCounts:
     """What Triton counted of a model since it was loaded.
 
     Attributes:
-        rows: rows of requests that it answered.
+        rows: rows that ran. What it answered from its cache did not run.
         executions: batches that ran.
+        requests: requests that it answered, from its cache too.
     """
 
     rows: int
     executions: int
+    requests: int
 
 
 def _channel(address: str, access: Access) -> grpc.Channel:
@@ -254,7 +256,10 @@ class Endpoint:
             EndpointError: it did not work.
         """
         answer = self._call("ModelStatistics", service_pb2.ModelStatisticsRequest(), timeout_seconds)
-        return {model.name: ModelCounts(model.inference_count, model.execution_count) for model in answer.model_stats}
+        return {
+            model.name: ModelCounts(model.inference_count, model.execution_count, model.inference_stats.success.count)
+            for model in answer.model_stats
+        }
 
     def read_answer(self, call: Any) -> dict[str, npt.NDArray[np.float32]]:
         """Returns the logits of a finished inference, by output.

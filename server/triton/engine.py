@@ -207,8 +207,8 @@ class TritonEngine:
                 SegmentStatistics(
                     name,
                     self._requested.get(name, 0),
-                    sum(counts[name].rows for counts in totals if name in counts),
-                    sum(counts[name].executions for counts in totals if name in counts),
+                    sum(counts[name][0] for counts in totals if name in counts),
+                    sum(counts[name][1] for counts in totals if name in counts),
                 )
                 for name in names
             ]

@@ -70,6 +70,11 @@ class TritonEnvironment:
         """Triton's backend directory: the Python backend, and `onnxruntime` on top of it."""
         return self.folder / "backends"
 
+    def cache_arguments(self, num_bytes: int) -> list[str]:
+        """Returns tritonserver's arguments for a cache of so many bytes, which keeps what models answer whose configs allow it."""
+        folder = self.program.parents[1] / "caches"
+        return [f"--cache-config=local,size={num_bytes}", f"--cache-directory={folder}"]
+
     @property
     def _packages(self) -> pathlib.Path:
         return self.folder / "lib" / f"python{self.python_version}" / "site-packages"

@@ -28,7 +28,7 @@ from server.verification import check_alias
 
 _log = logging.getLogger(__name__)
 
-_NOTHING = ModelCounts(0, 0)
+_NOTHING = ModelCounts(0, 0, 0)
 _CONTENT_NAMED = re.compile(r"seg-[0-9a-f]{12}|[a-z0-9][a-z0-9_-]*\.[0-9a-f]{12}")
 
 

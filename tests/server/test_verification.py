@@ -73,6 +73,7 @@ def steps(config: Any) -> Any:
         (lambda c: setattr(c, "platform", "") or c.ClearField("ensemble_scheduling"), "platform"),
         (lambda c: setattr(c, "max_batch_size", 99), "max_batch_size"),
         (lambda c: setattr(c, "max_batch_size", 4), "max_batch_size"),
+        (lambda c: setattr(c.response_cache, "enable", True), "response_cache"),
         (lambda c: setattr(c.input[0], "name", "picture"), "input"),
         (lambda c: setattr(c.input[0], "data_type", triton.TYPE_FP32), "step[0]: input_map"),
         (lambda c: c.input[0].dims.__setitem__(0, 9), "step[0]: input_map"),

@@ -66,6 +66,14 @@ def test_float16_is_stated_and_its_norms_add_up_in_float32_on_a_gpu() -> None:
     assert dict(cuda.parameters) == {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
 
 
+def test_a_cache_is_for_what_takes_the_image_and_never_for_ensembles() -> None:
+    assert parsed(segment_config(STEM, "cpu", response_cache=True)).response_cache.enable
+    assert not parsed(segment_config(MIDDLE, "cpu", response_cache=True)).HasField("response_cache")
+    assert not parsed(segment_config(STEM, "cpu")).HasField("response_cache")
+    for ensemble in (task_ensemble(A), task_ensemble(A).renamed("a"), multi_task_ensemble(16, [A, B])):
+        assert not parsed(ensemble.files["config.pbtxt"]).HasField("response_cache")
+
+
 def test_a_task_is_an_ensemble_of_its_route() -> None:
     ensemble = task_ensemble(A)
     config = parsed(ensemble.files["config.pbtxt"])
