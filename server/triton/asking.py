@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from server.engine import Logits
 from server.errors import ModelFailedError
@@ -55,11 +59,21 @@ def ask_segment(endpoint: Endpoint, counters: Counters, segment: Segment, timeou
     Raises:
         EndpointError: it did not work.
     """
-    shape = [1, *(_NUM_TOKENS if size == ANY else size for size in segment.input.shape)]
-    row = np.random.default_rng().integers(0, 2, shape).astype(segment.input.data_type)
+    row = noise(segment.input.shape, segment.input.data_type)
     endpoint.ask(to_request(segment.name, row, [segment.output.name], segment.input.name), timeout_seconds)
     branch = Branch(segment.name)
     counters.answered(RouteTree((branch,), (branch,)), 1, 1)
+
+
+def noise(shape: Iterable[int], data_type: str) -> npt.NDArray[Any]:
+    """Returns a row that nobody has asked about, [1, ...].
+
+    Args:
+        shape: without the batch; `ANY` where any number goes.
+        data_type: `uint8`, `float32` or `float16`.
+    """
+    sizes = [1, *(_NUM_TOKENS if size == ANY else size for size in shape)]
+    return np.random.default_rng().integers(0, 2, sizes).astype(data_type)
 
 
 def filled_up(images: Images, num_rows: int) -> Images:

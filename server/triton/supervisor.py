@@ -29,6 +29,7 @@ from server.errors import (
 )
 from server.generation import Generation, Task
 from server.repository import Repository, config_path
+from server.triton.asking import noise
 from server.triton.endpoint import Access, Endpoint, to_request
 from server.triton.process import TritonProcess
 from server.triton.shared_memory import FOLDER
@@ -44,9 +45,11 @@ MIB = 1024 * 1024
 _REGION_BYTES = MIB
 """Shared memory that Triton's Python backend takes for each segment before the first request."""
 
-_TYPES = {"TYPE_UINT8": np.uint8, "TYPE_FP32": np.float32, "TYPE_FP16": np.float16}
-_NUM_TOKENS = 2
-"""What a tried inference has where any number goes: few, yet not 1, which exporters like to treat as a case of its own."""
+_TYPES = {
+    model_config_pb2.TYPE_UINT8: "uint8",
+    model_config_pb2.TYPE_FP32: "float32",
+    model_config_pb2.TYPE_FP16: "float16",
+}
 
 
 class Supervisor:
@@ -165,11 +168,10 @@ class Supervisor:
             self._say(name, f"{name} fails: {error}")
 
     def _try(self, segment: str) -> None:
-        """Has a segment run one row of zeros."""
+        """Has a segment run one row; no cache knows the answer."""
         config = self._endpoint.config(segment)
         tensor = config.input[0]
-        shape = [1, *(_NUM_TOKENS if size < 0 else size for size in tensor.dims)]
-        row = np.zeros(shape, _TYPES[model_config_pb2.DataType.Name(tensor.data_type)])
+        row = noise(tensor.dims, _TYPES[tensor.data_type])
         self._endpoint.ask(to_request(segment, row, [config.output[0].name], tensor.name), ANSWER_SECONDS)
 
     def _bring_back(self, name: str) -> None:
