@@ -337,6 +337,7 @@ def publish(
     *,
     target: Target = "cpu",
     precision: Precision = "float32",
+    response_cache: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> PublishResult:
     """Publishes every task's current path to a model repository, as `munet-evolve export` does.
@@ -346,6 +347,7 @@ def publish(
         repository: its folder, made if missing.
         target: where Triton is to run it.
         precision: of the weights and hidden states that are published.
+        response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
         progress: takes a sentence about each step.
 
     Raises:
@@ -354,7 +356,8 @@ def publish(
     """
     from evolve.export.publish import export_system
 
-    return export_system(system, pathlib.Path(repository), target=target, precision=precision, progress=progress)
+    folder = pathlib.Path(repository)
+    return export_system(system, folder, target=target, precision=precision, response_cache=response_cache, progress=progress)
 
 
 def remove_task(system: System, task: str) -> None:

@@ -311,13 +311,18 @@ def export(
     repository: Repository = pathlib.Path("model_repository"),
     target: Annotated[str, typer.Option(help="cpu or gpu: where Triton is to run the segments.")] = "cpu",
     precision: PrecisionOption = "float32",
+    response_cache: Annotated[
+        bool,
+        typer.Option("--response-cache", help="Let a Triton that has a cache keep what the segments answer that take the image."),
+    ] = False,
 ) -> None:
     """Publish every task's current path to a model repository, as a new generation."""
     if target not in ("cpu", "gpu"):
         raise SettingsError(f"found target {target!r}", "cpu or gpu")
     checked = _check_precision(precision)
     console = rich.console.Console()
-    typer.echo(_export(System.open(system), repository, "gpu" if target == "gpu" else "cpu", checked, console))
+    kind: Literal["cpu", "gpu"] = "gpu" if target == "gpu" else "cpu"
+    typer.echo(_export(System.open(system), repository, kind, checked, console, response_cache))
 
 
 def main() -> None:
@@ -416,10 +421,11 @@ def _export(
     target: Literal["cpu", "gpu"],
     precision: Literal["float32", "float16"],
     console: rich.console.Console,
+    response_cache: bool = False,
 ) -> str:
     """Publishes, telling what is under way, and returns what was done in words."""
     with publishing(console, repository) as tell:
-        result = api.publish(system, repository, target=target, precision=precision, progress=tell)
+        result = api.publish(system, repository, target=target, precision=precision, response_cache=response_cache, progress=tell)
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date"
     return (

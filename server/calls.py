@@ -18,6 +18,7 @@ from server.results import (
     Classification,
     ClassifyResult,
     ClassifyTasksResult,
+    EndpointStatus,
     LabelProbability,
     ReloadReport,
     ReloadResult,
@@ -230,6 +231,19 @@ def _to_status(answer: admin_pb2.StatusResponse) -> ServerStatus:
         segments=tuple(map(_to_counters, answer.segments)),
         engine=answer.engine,
         version=answer.version,
+        endpoints=tuple(map(_to_endpoint, answer.endpoints)),
+    )
+
+
+def _to_endpoint(endpoint: admin_pb2.Endpoint) -> EndpointStatus:
+    return EndpointStatus(
+        address=endpoint.address,
+        state=admin_pb2.EndpointState.Name(endpoint.state).removeprefix("ENDPOINT_STATE_").lower(),
+        since=endpoint.since.ToDatetime(dt.UTC),
+        reason=endpoint.reason,
+        generations=tuple(endpoint.generations),
+        rows_in_flight=endpoint.rows_in_flight,
+        version=endpoint.version,
     )
 
 

@@ -13,6 +13,7 @@ import logging
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -21,9 +22,10 @@ import typer
 from server.check import check as check_repository
 from server.classification import Classifier
 from server.client import AdminClient, Client
-from server.config import ServerSettings, check_address, read_settings
+from server.config import MAX_THREADS, MIB, ServerSettings, check_address, read_settings
 from server.embedded.engine import EmbeddedEngine
-from server.errors import CallError, ServerError, SettingsError
+from server.engine import Engine
+from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.server import ADMIN_SERVICE, INFERENCE_SERVICE, FrontDoor
@@ -34,8 +36,15 @@ from server.preprocessing import Preprocessor
 from server.reload import Reloader
 from server.repository import Repository
 from server.results import Classification, ServerStatus
+from server.triton.engine import TritonEngine
+from server.triton.environment import DEFAULT_FOLDER, find_environment
+from server.triton.environment import install as install_triton
+from server.triton.process import TritonAddresses, TritonProcess
+from server.triton.supervisor import Supervisor, read_generation
 
 _log = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 app = typer.Typer(
     help="Serves the tasks of a model repository by name, over gRPC.",
@@ -43,6 +52,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+triton_app = typer.Typer(help="Runs a real Triton on a model repository.", no_args_is_help=True)
+app.add_typer(triton_app, name="triton")
 
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
 DeviceOption = Annotated[
@@ -65,7 +77,7 @@ class RunningServer:
 
     front_door: FrontDoor
     reloader: Reloader
-    engine: EmbeddedEngine
+    engine: Engine
     metrics_address: str
 
     @property
@@ -89,7 +101,9 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         ServerError: the repository cannot be served or an address cannot be listened on.
     """
     async with contextlib.AsyncExitStack() as stack:
-        engine = EmbeddedEngine(settings.engine)
+        engine: Engine
+        tritons = TritonEngine(settings) if settings.engine.kind == "triton" else None
+        engine = tritons or EmbeddedEngine(settings.engine)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         metrics = Metrics(engine.statistics)
         health = Health((INFERENCE_SERVICE, ADMIN_SERVICE))
@@ -97,8 +111,11 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         def on_swap(generation: Generation) -> None:
             health.set_serving(generation.tasks)
             metrics.set_generation(generation.number, len(generation.tasks))
+            if tritons is not None:
+                tritons.follow(generation)
 
-        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload)
+        retry_seconds = settings.triton.retry_seconds if tritons is not None else None
+        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload, retry_seconds)
         stack.push_async_callback(reloader.close)
         await reloader.reload()
         preprocessor = Preprocessor(settings.num_decode_threads, settings.limits.image)
@@ -112,7 +129,7 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         front_door = FrontDoor(
             settings,
             InferenceServicer(classifier),
-            AdminServicer(reloader, engine),
+            AdminServicer(reloader, engine, tritons.endpoints if tritons is not None else tuple),
             health,
             Edge(settings.limits, metrics),
         )
@@ -149,6 +166,12 @@ def serve(
     metrics_listen: Annotated[
         str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP.", show_default="none")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="embedded, in this process; or triton, in the Tritons named.", show_default="embedded")
+    ] = None,
+    triton: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a Triton's gRPC; repeat for several.", show_default="none")
+    ] = None,
     device: DeviceOption = None,
     threads: Annotated[
         int | None,
@@ -169,19 +192,24 @@ def serve(
     """Serves a model repository until SIGTERM or SIGINT, and every generation published there meanwhile."""
     if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise SettingsError("--log-level", log_level, "debug, info, warning or error")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     overrides: dict[str, Any] = {
         "repository": repository,
         "listen": listen,
         "admin_listen": admin_listen,
         "metrics_listen": metrics_listen,
+        "engine.kind": engine,
         "engine.device": device,
         "engine.threads": threads,
+        "triton.endpoints": triton or None,
         "watch_interval_seconds": watch_interval,
         "drain_seconds": drain,
         "grace_seconds": grace,
     }
-    asyncio.run(_serve(read_settings(settings, overrides)))
+    told = read_settings(settings, overrides)
+    if told.triton.endpoints and told.engine.kind != "triton":
+        raise SettingsError("engine.kind", told.engine.kind, "triton where Tritons are named; add --engine triton")
+    asyncio.run(_serve(told))
 
 
 @app.command()
@@ -261,6 +289,77 @@ def reload_(
     print(f"serving generation {answer.generation}" + ("" if answer.changed else ", as before"))
 
 
+@triton_app.command()
+def run(
+    repository: RepositoryOption = pathlib.Path("model_repository"),
+    grpc: Annotated[str, typer.Option(help="HOST:PORT for KServe v2 over gRPC; port 0 for any free one.")] = "127.0.0.1:8001",
+    http: Annotated[str, typer.Option(help="HOST:PORT for KServe v2 over HTTP.")] = "127.0.0.1:8000",
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT for Triton's Prometheus metrics over HTTP.", show_default="none")
+    ] = None,
+    environment: Annotated[
+        pathlib.Path, typer.Option(help="The folder that `munet-server triton install` made.")
+    ] = DEFAULT_FOLDER,
+    load: Annotated[
+        bool, typer.Option(help="Load the current generation and keep it alive; or leave all that to a front door.")
+    ] = True,
+    threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
+    interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
+    cache: Annotated[
+        int, typer.Option(min=0, metavar="MIB", help="Memory for answers of segments published with --response-cache.")
+    ] = 0,
+    log: Annotated[
+        pathlib.Path | None, typer.Option(help="File that Triton's own log is added to.", show_default="a temporary one")
+    ] = None,
+) -> None:
+    """Runs a real Triton on a model repository until SIGTERM or SIGINT; what dies meanwhile is brought back."""
+    logging.basicConfig(level="INFO", format=LOG_FORMAT, stream=sys.stderr)
+    for option, address in (("--grpc", grpc), ("--http", http), ("--metrics", metrics)):
+        if address is not None:
+            _check_address_option(option, address)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    reader = Repository(repository)
+    generation = read_generation(reader) if load else None
+    if generation is None:
+        reader.current_number()
+    addresses = TritonAddresses(grpc, http, metrics)
+    found = find_environment(environment)
+    arguments = found.cache_arguments(cache * MIB) if cache else []
+    with (
+        TritonProcess(found, repository, addresses, log, threads, arguments) as triton,
+        contextlib.closing(Supervisor(triton, repository, loads=load)) as supervisor,
+    ):
+        if generation is not None:
+            supervisor.load(generation, stop)
+        if not stop.is_set():
+            # Scripts wait for this line and read the real addresses from it.
+            print(_triton_line(triton, generation), flush=True)
+        supervisor.watch(stop, interval)
+    counts = f"{_counted(supervisor.num_restarts, 'restart')}, {_counted(supervisor.num_revivals, 'segment')} loaded again"
+    print(f"stopped; {counts}")
+
+
+def _triton_line(triton: TritonProcess, generation: Generation | None) -> str:
+    what = f"generation {generation.number} ({_counted(len(generation.tasks), 'task')})" if generation else "nothing yet"
+    metrics = f", metrics {triton.addresses.metrics}" if triton.addresses.metrics else ""
+    return f"Triton serving {what} at {triton.addresses.grpc}, HTTP {triton.addresses.http}{metrics}, log {triton.log}"
+
+
+@triton_app.command()
+def install(
+    into: Annotated[pathlib.Path, typer.Option(help="A new or empty folder, or one that this command made.")] = DEFAULT_FOLDER,
+) -> None:
+    """Makes the environment that a real Triton runs in, from the package index; once, in some seconds."""
+    try:
+        environment = find_environment(into)
+    except TritonEnvironmentError:
+        print(f"making Triton's environment in {into} (once; 330 MB, some seconds)", flush=True)
+        environment = install_triton(into)
+    print(f"Triton's environment in {environment.folder} is ready")
+
+
 def _check_address_option(option: str, address: str) -> None:
     try:
         check_address(address)
@@ -289,6 +388,10 @@ def _status_text(status_: ServerStatus) -> str:
     if last is not None:
         outcome = f"refused: {last.error}" if last.error else "served"
         lines.append(f"last reload: generation {last.generation} {outcome} ({last.finished:%Y-%m-%d %H:%M:%S} UTC)")
+    for endpoint in status_.endpoints:
+        held = f", generation {' and '.join(map(str, endpoint.generations))}" if endpoint.generations else ""
+        wrong = f": {endpoint.reason}" if endpoint.reason else ""
+        lines.append(f"Triton {endpoint.address} is {endpoint.state} since {endpoint.since:%Y-%m-%d %H:%M:%S} UTC{held}{wrong}")
     lines.append(f"{'segment':<18}{'requested':>12}{'computed':>12}{'saved':>12}{'batches':>12}  tasks")
     lines += [
         f"{segment.name:<18}{segment.rows_requested:>12}{segment.rows_computed:>12}{segment.rows_saved:>12}"

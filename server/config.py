@@ -71,9 +71,10 @@ class Limits(_Settings):
 
 
 class EngineSettings(_Settings):
-    """How the embedded engine works.
+    """What computes, and how the embedded engine does. Of a Triton, `max_waiting_rows` and `patience_seconds` count too.
 
     Attributes:
+        kind: `embedded`, in this process, or `triton`, in the Tritons of the table `triton`.
         device: what it computes on: `cpu`, or `cuda` for the first GPU that CUDA shows this process.
         threads: threads that compute one batch, all batches' in one ONNX Runtime pool; 0 means one for each CPU this process may use.
             More than one answers a single large image sooner, but costs throughput, and the pool's threads wait in busy loops.
@@ -86,6 +87,7 @@ class EngineSettings(_Settings):
         patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
     """
 
+    kind: Literal["embedded", "triton"] = "embedded"
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 1
     workers: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
@@ -110,6 +112,43 @@ class EngineSettings(_Settings):
         return max(1, min(self.max_batch_rows, bound // row_bytes)) if bound else self.max_batch_rows
 
 
+class TritonSettings(_Settings):
+    """How the engine `triton` works.
+
+    Attributes:
+        endpoints: HOST:PORT of each Triton's gRPC. All serve the same model repository and start with explicit model control.
+        ca_file: certificate of the authority that signed Triton's, PEM; with it, TLS is spoken, else plain text.
+        certificate_file: our own certificate, PEM, where Triton asks for one.
+        key_file: its key, PEM.
+        server_name: the name in Triton's certificate, where it is not the endpoint's host.
+        keys_file: lines NAME=VALUE, as in Triton's --grpc-restricted-protocol=PROTOCOLS:NAME=VALUE.
+        max_rows_in_flight: rows that one Triton has at a time; more wait here, where late and cancelled ones cost nothing.
+        probe_interval_seconds: how often a Triton is looked at, and what has not answered since is asked.
+        probe_timeout_seconds: a Triton that answers nothing at all for so long is taken out.
+        load_timeout_seconds: what loading one model may take.
+        unload_after_seconds: a model that is not needed any more is unloaded when nobody has asked it for so long. Another server of the
+            same Triton that is slower than this may still need it.
+        start_seconds: at start-up, how long to wait for a first Triton.
+        retry_seconds: a generation that was refused is tried again after so long, because a Triton may have been to blame.
+        aliases: whether to load each task under its plain name too, for clients that talk to Triton itself.
+    """
+
+    endpoints: tuple[Address, ...] = ()
+    ca_file: pathlib.Path | None = None
+    certificate_file: pathlib.Path | None = None
+    key_file: pathlib.Path | None = None
+    server_name: str | None = None
+    keys_file: pathlib.Path | None = None
+    max_rows_in_flight: pydantic.PositiveInt = 256
+    probe_interval_seconds: pydantic.PositiveFloat = 1.0
+    probe_timeout_seconds: pydantic.PositiveFloat = 5.0
+    load_timeout_seconds: pydantic.PositiveFloat = 300.0
+    unload_after_seconds: pydantic.NonNegativeFloat = 30.0
+    start_seconds: pydantic.NonNegativeFloat = 30.0
+    retry_seconds: pydantic.PositiveFloat = 30.0
+    aliases: bool = True
+
+
 class ServerSettings(_Settings):
     """Everything a server is told.
 
@@ -124,7 +163,8 @@ class ServerSettings(_Settings):
             away first.
         grace_seconds: at shutdown, how long requests in flight may take to finish.
         limits: what is accepted from a stranger.
-        engine: how the engine works.
+        engine: what computes, and how.
+        triton: the Tritons, if they are what computes.
     """
 
     repository: pathlib.Path = pathlib.Path("model_repository")
@@ -137,6 +177,7 @@ class ServerSettings(_Settings):
     grace_seconds: pydantic.NonNegativeFloat = 10.0
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
+    triton: TritonSettings = TritonSettings()
 
     @property
     def num_decode_threads(self) -> int:
@@ -181,7 +222,7 @@ def read_settings(file: pathlib.Path | None, overrides: dict[str, Any]) -> Serve
 def _to_settings_error(error: pydantic.ValidationError) -> SettingsError:
     first = findings(error, ServerSettings)[0]
     if first.kind == "extra_forbidden":
-        tables: dict[str, type[_Settings]] = {"limits": Limits, "engine": EngineSettings}
+        tables: dict[str, type[_Settings]] = {"limits": Limits, "engine": EngineSettings, "triton": TritonSettings}
         table = tables.get(first.name.partition(".")[0], ServerSettings)
         return SettingsError(first.name, first.found, f"no such key; the keys here are {', '.join(sorted(table.model_fields))}")
     return SettingsError(first.name, first.found, first.expected)

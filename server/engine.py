@@ -42,7 +42,7 @@ class SegmentStatistics:
     Attributes:
         name: the segment's.
         rows_requested: rows that tasks asked for: what would have run without sharing.
-        rows_computed: rows that ran.
+        rows_computed: rows that ran. A Triton counts rows that others asked it for too.
         executions: batches that ran.
     """
 
@@ -54,7 +54,7 @@ class SegmentStatistics:
     @property
     def rows_saved(self) -> int:
         """Rows computed once for several tasks of one question."""
-        return self.rows_requested - self.rows_computed
+        return max(0, self.rows_requested - self.rows_computed)
 
 
 class Engine(Protocol):
@@ -67,19 +67,27 @@ class Engine(Protocol):
 
     **Answers.** What an image's logits are depends on the image, the route and the engine's device and threads alone; never on what
     else is asked, how rows are batched or which other generations are loaded. On CPU that holds to the bit. Within one question, what
-    several routes share from the image on is computed once; rows of any questions may run in one batch.
+    several routes share from the image on is computed once; rows of any questions, and of one question with several histories, may run
+    in one batch.
 
-    **Threads.** All methods may be called from any thread at any time. `answer` and `statistics` return at once, `unload` nearly so;
+    **Threads.** All methods may be called from any thread at any time. `answer` returns at once, `statistics` and `unload` nearly so;
     `load` and `close` block for as long as they need and disturb no answers. Futures are completed in threads of the engine: their
     callbacks must return quickly and must not call `load` or `close`.
 
-    **Cancellation and deadlines.** `cancel` of an open future succeeds, and what the question still has waiting is dropped before it
-    costs anything. A question whose deadline passes fails with `DeadlineError`, at the latest when it would next have cost something.
-    Neither changes any other question's answer.
+    **Cancellation and deadlines.** `cancel` of an open future succeeds, and what the question still has waiting in the engine is dropped
+    before it costs anything. A question whose deadline passes fails with `DeadlineError`, at the latest when it would next have cost
+    something. Neither changes any other question's answer.
 
     **Failures.** A segment that fails on some rows fails their questions only, with `SegmentRunError`; other rows of the batch are answered
-    as if nothing had happened. More than the engine's bound of waiting work fails with `OverloadedError`, at once. After `close`, and for
-    what is open when it is called, the error is `EngineClosedError`. `answer` itself raises nothing of all this: errors are in the future.
+    as if nothing had happened. More than the engine's bound of waiting work fails with `OverloadedError`, at once. What computes may be
+    elsewhere and be lost: if nothing else can answer, the error is `UnavailableError`. After `close`, and for what is open when it is
+    called, the error is `EngineClosedError`. `answer` itself raises nothing of all this: errors are in the future.
+
+    **Where Tritons compute** (`server.triton`), less holds in three points. What a Triton has been handed, at most
+    `max_rows_in_flight` rows, runs to its end there though nobody awaits it: a client that cancels an ensemble, or whose deadline passes,
+    crashes Triton 2.51. `statistics` ask the Tritons, for up to a second each; of rehearsals, rows are left out exactly and executions as
+    if each had run alone. And `close` frees nothing at a Triton, where others may need it: what is not needed is unloaded by the server
+    that runs next, or by none if Triton ends too.
     """
 
     @property
@@ -92,6 +100,8 @@ class Engine(Protocol):
 
         Raises:
             SegmentLoadError: a segment cannot be loaded, or is not what the generation says.
+            GenerationRefusedError: something else of it cannot be loaded, or does not answer as it should.
+            EndpointError, UnavailableError: what computes is elsewhere, and wrong or lost.
             EngineClosedError: the engine is closed.
         """
         ...
@@ -101,7 +111,7 @@ class Engine(Protocol):
 
         Returns:
             A future of the logits. Its exceptions: `NotLoadedError`, `OverloadedError`, `DeadlineError`, `SegmentRunError`,
-            `EngineClosedError`.
+            `UnavailableError`, `EngineClosedError`.
 
         Raises:
             ValueError: no image, images of another type or shape, no task, a task twice or one that the generation does not have.

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 from typing import Any
@@ -64,6 +65,8 @@ class Reloader:
         engine: what loads them.
         on_swap: called with each generation from the moment it serves.
         on_attempt: called after each attempt, whichever way it went.
+        retry_seconds: a refused generation is tried again after so long, for where not only its files may be to blame; none means not
+            before something changes.
     """
 
     def __init__(
@@ -72,11 +75,14 @@ class Reloader:
         engine: Engine,
         on_swap: Callable[[Generation], None],
         on_attempt: Callable[[ReloadAttempt], None],
+        retry_seconds: float | None = None,
     ) -> None:
         self._repository = repository
         self._engine = engine
         self._on_swap = on_swap
         self._on_attempt = on_attempt
+        self._retry_seconds = math.inf if retry_seconds is None else retry_seconds
+        self._refused_seconds = 0.0
         self._snapshot: _Snapshot | None = None
         self._reading = asyncio.Lock()
         self._background: set[asyncio.Future[Any]] = set()
@@ -122,7 +128,8 @@ class Reloader:
     async def watch(self, interval_seconds: float) -> None:
         """Reloads whenever the repository's current generation changes, until it is cancelled.
 
-        A refused generation is tried again when CURRENT, its own file or any of its files changes, and not before.
+        A refused generation is tried again when CURRENT, its own file or any of its files changes, and otherwise only if and when
+        `retry_seconds` say so.
         """
         while True:
             await asyncio.sleep(interval_seconds)
@@ -147,6 +154,8 @@ class Reloader:
                 return True
             if self._refused is None:
                 return False
+            if time.monotonic() - self._refused_seconds >= self._retry_seconds:
+                return True
             return await asyncio.to_thread(self._repository.fingerprint_of_files) != self._refused
 
     async def _reload(self) -> bool:
@@ -166,6 +175,7 @@ class Reloader:
                     _log.error("generation %d goes on: %s", self._snapshot.generation.number, reason)
                 self._record(number, time.monotonic() - started, reason)
                 self._refused = files
+                self._refused_seconds = time.monotonic()
                 raise
             if changed:
                 self._record(number, time.monotonic() - started, "")

@@ -6,6 +6,7 @@ files say to each other (routes' shapes, Triton's configs) is the matter of `ser
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -202,7 +203,14 @@ class Repository:
     def _to_generation(self, message: generation_pb2.Generation, digest: str) -> Generation:
         segments = {segment.name: self._to_segment(segment) for segment in sorted(message.segments, key=lambda s: s.name)}
         tasks = {task.name: self._to_task(task) for task in sorted(message.tasks, key=lambda t: t.name)}
-        return Generation(message.number, digest, types.MappingProxyType(segments), types.MappingProxyType(tasks))
+        ensembles = {ensemble.image_size: ensemble.name for ensemble in message.multi_task_ensembles}
+        return Generation(
+            number=message.number,
+            digest=digest,
+            segments=types.MappingProxyType(segments),
+            tasks=types.MappingProxyType(tasks),
+            ensembles=types.MappingProxyType(ensembles),
+        )
 
     def _to_segment(self, segment: generation_pb2.Segment) -> Segment:
         return Segment(
@@ -228,6 +236,40 @@ class Repository:
             test_accuracy=task.test_accuracy if task.HasField("test_accuracy") else None,
             golden=Golden(self.root / task.golden.images, logits, task.golden.tolerance),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PublishedModels:
+    """Triton models that a repository holds, by name.
+
+    Attributes:
+        current: those of the current generation, with its aliases.
+        kept: those of every generation that is there, with their aliases.
+    """
+
+    current: frozenset[str]
+    kept: frozenset[str]
+
+
+def published_models(root: pathlib.Path) -> PublishedModels:
+    """Returns which models a repository holds, as its generations say; verifies nothing.
+
+    Args:
+        root: the repository.
+
+    Raises:
+        RepositoryError: it cannot be read.
+    """
+    current = Repository(root).current_number()
+    models: dict[str, frozenset[str]] = {}
+    try:
+        for path in root.glob("generation-*.json"):
+            manifest = json.loads(path.read_bytes())
+            folders = {entry["path"].partition("/")[0] for entry in manifest["files"] if "/" in entry["path"]}
+            models[path.name] = frozenset(folders | {task["name"] for task in manifest["tasks"]})
+        return PublishedModels(models[f"generation-{current}.json"], frozenset().union(*models.values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RepositoryError(f"{root}: found {error!r}, expected generations that can be read") from error
 
 
 def model_path(segment: str) -> str:

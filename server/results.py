@@ -170,6 +170,29 @@ class ReloadReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class EndpointStatus:
+    """What a server says of a Triton.
+
+    Attributes:
+        address: HOST:PORT of its gRPC.
+        state: `joining`, `serving` or `down`.
+        since: since when, in UTC.
+        reason: what is wrong with it, or with some of its models; empty if nothing is.
+        generations: numbers of the generations that it answers, ascending.
+        rows_in_flight: images that it was asked about and has not answered.
+        version: Triton's own; empty if it never answered.
+    """
+
+    address: str
+    state: str
+    since: dt.datetime
+    reason: str
+    generations: tuple[int, ...]
+    rows_in_flight: int
+    version: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ServerStatus:
     """What a server says of itself.
 
@@ -182,6 +205,7 @@ class ServerStatus:
         segments: in ascending order of name.
         engine: what computes.
         version: of the server.
+        endpoints: the Tritons that compute; none if the server itself does.
     """
 
     generation: int
@@ -192,6 +216,7 @@ class ServerStatus:
     segments: tuple[SegmentCounters, ...]
     engine: str
     version: str
+    endpoints: tuple[EndpointStatus, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

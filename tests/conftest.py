@@ -1,8 +1,32 @@
-"""What holds for every test."""
+"""What holds for every test, and what they share."""
 
 from __future__ import annotations
 
 import os
+import pathlib
+import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Read when torch loads, as `munet-evolve` sets it: tests run beside each other, and threads that wait in a busy loop take the others' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(scope="session")
+def triton_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The model repository of `triton`; many tests publish to it."""
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="session")
+def triton(triton_folder: pathlib.Path) -> Iterator[object]:
+    """A real Triton, a `TritonProcess`, for all tests that leave it as it is; starting its segments takes seconds."""
+    # Imported here: most tests, and those of the search in an environment of its own, need no server.
+    from server.triton.process import TritonProcess
+    from tests.support.triton import environment
+
+    with TritonProcess(environment(), triton_folder, log=triton_folder.with_suffix(".log")) as process:
+        yield process
+        # Ending well would take it seconds, which prove nothing here.
+        os.kill(process.pid, signal.SIGKILL)

@@ -86,6 +86,7 @@ def export_system(
     *,
     target: Target = "cpu",
     precision: Precision = "float32",
+    response_cache: bool = False,
     num_top1_images: int = NUM_TOP1_IMAGES,
     progress: Tell | None = None,
 ) -> PublishResult:
@@ -101,6 +102,7 @@ def export_system(
         repository: the model repository; made if missing.
         target: where Triton is to run it.
         precision: of weights and hidden states.
+        response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
         num_top1_images: images on which the best classes of a new float16 route are compared with torch's.
         progress: takes a sentence about each step.
 
@@ -110,7 +112,7 @@ def export_system(
         DamagedError: a path, layer or example image of the system cannot be read.
     """
     tell = progress or (lambda _: None)
-    settings = ExportSettings(target=target, precision=precision)
+    settings = ExportSettings(target=target, precision=precision, response_cache=response_cache)
     started = time.monotonic()
     try:
         # What the records name stays until it is published, whoever collects garbage meanwhile.
@@ -243,7 +245,8 @@ class _Publisher:
                 self._tell(f"exporting {name}: {len(segment.units)} units, {segment.num_parameters:,} parameters")
                 self._put(f"{name}/{MODEL_FILE}", export_segment(segment, self._system.tensors, self._settings))
                 new.add(name)
-            config = segment_config(segment_to_proto(segment, self._settings), self._settings.target)
+            proto = segment_to_proto(segment, self._settings)
+            config = segment_config(proto, self._settings.target, self._settings.response_cache)
             self._put(f"{name}/{CONFIG_FILE}", config)
         return frozenset(new)
 

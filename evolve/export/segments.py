@@ -129,7 +129,11 @@ def find_segments(paths: Mapping[str, Path], published: Collection[Cut], setting
 def segment_of(units: Iterable[Unit], settings: ExportSettings) -> Segment:
     """Returns the segment that consists of these units."""
     run = tuple(units)
-    content = [exporter_version(), dataclasses.asdict(settings), [unit.layer_ids for unit in run]]
+    told = dataclasses.asdict(settings)
+    if not (settings.response_cache and run[0].is_stem):
+        # It changes nothing of the others, and whoever does not use it need not export anew.
+        del told["response_cache"]
+    content = [exporter_version(), told, [unit.layer_ids for unit in run]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
     return Segment(f"seg-{digest.hexdigest()[:12]}", run)
 

@@ -29,6 +29,8 @@ class ExportSettings:
         max_batch_size: most rows of one execution.
         opset: version of the ONNX operators; 20 is what ONNX Runtime 1.27 and today's Triton containers all know.
         ir_version: version of the ONNX file format, for the same reason.
+        response_cache: whether a Triton that has a cache may keep what the segments answer that take the image. It never asks whether they
+            changed; as their names are of content, they never do. Ensembles and aliases are not kept.
     """
 
     target: Target = "cpu"
@@ -36,6 +38,7 @@ class ExportSettings:
     max_batch_size: int = 32
     opset: int = 20
     ir_version: int = 10
+    response_cache: bool = False
 
 
 @functools.cache

@@ -61,8 +61,14 @@ class Ensemble:
         return Ensemble(name, {**self.files, CONFIG_FILE: _to_text(config)})
 
 
-def segment_config(segment: generation_pb2.Segment, target: Target) -> bytes:
-    """Returns the config.pbtxt of a segment."""
+def segment_config(segment: generation_pb2.Segment, target: Target, response_cache: bool = False) -> bytes:
+    """Returns the config.pbtxt of a segment.
+
+    Args:
+        segment: which.
+        target: where Triton is to run it.
+        response_cache: whether Triton may keep its answers, if it takes the image.
+    """
     kind = model_config_pb2.ModelInstanceGroup.KIND_GPU if target == "gpu" else model_config_pb2.ModelInstanceGroup.KIND_CPU
     config = model_config_pb2.ModelConfig(
         name=segment.name,
@@ -74,6 +80,8 @@ def segment_config(segment: generation_pb2.Segment, target: Target) -> bytes:
         # Without a queue delay: it would be paid again at every step of a route.
         dynamic_batching=model_config_pb2.ModelDynamicBatching(),
     )
+    if response_cache and segment.input.data_type == generation_pb2.DATA_TYPE_UINT8:
+        config.response_cache.enable = True
     if target == "gpu":
         # ONNX Runtime multiplies float32 matrices in TF32 unless told otherwise: too coarse for the golden logits.
         accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")

@@ -26,25 +26,29 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14munet/v1/admin.proto\x12\x08munet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n\rStatusRequest\"\xa0\x02\n\x0eStatusResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tnum_tasks\x18\x02 \x01(\r\x12+\n\x07started\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0blast_reload\x18\x05 \x01(\x0b\x32\x17.munet.v1.ReloadAttemptH\x00\x88\x01\x01\x12+\n\x08segments\x18\x06 \x03(\x0b\x32\x19.munet.v1.SegmentCounters\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\tB\x0e\n\x0c_last_reload\"\x8d\x01\n\rReloadAttempt\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12,\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x9d\x01\n\x0fSegmentCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erows_requested\x18\x02 \x01(\x04\x12\x15\n\rrows_computed\x18\x03 \x01(\x04\x12\x12\n\nrows_saved\x18\x04 \x01(\x04\x12\x12\n\nexecutions\x18\x05 \x01(\x04\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\"\x0f\n\rReloadRequest\"5\n\x0eReloadResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\x32\x88\x01\n\x0c\x41\x64minService\x12;\n\x06Status\x12\x17.munet.v1.StatusRequest\x1a\x18.munet.v1.StatusResponse\x12;\n\x06Reload\x12\x17.munet.v1.ReloadRequest\x1a\x18.munet.v1.ReloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14munet/v1/admin.proto\x12\x08munet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n\rStatusRequest\"\xc7\x02\n\x0eStatusResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tnum_tasks\x18\x02 \x01(\r\x12+\n\x07started\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0blast_reload\x18\x05 \x01(\x0b\x32\x17.munet.v1.ReloadAttemptH\x00\x88\x01\x01\x12+\n\x08segments\x18\x06 \x03(\x0b\x32\x19.munet.v1.SegmentCounters\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12%\n\tendpoints\x18\t \x03(\x0b\x32\x12.munet.v1.EndpointB\x0e\n\x0c_last_reload\"\xbc\x01\n\x08\x45ndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.munet.v1.EndpointState\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04\x12\x16\n\x0erows_in_flight\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\"\x8d\x01\n\rReloadAttempt\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12,\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x9d\x01\n\x0fSegmentCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erows_requested\x18\x02 \x01(\x04\x12\x15\n\rrows_computed\x18\x03 \x01(\x04\x12\x12\n\nrows_saved\x18\x04 \x01(\x04\x12\x12\n\nexecutions\x18\x05 \x01(\x04\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\"\x0f\n\rReloadRequest\"5\n\x0eReloadResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08*\x80\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NDPOINT_STATE_JOINING\x10\x01\x12\x1a\n\x16\x45NDPOINT_STATE_SERVING\x10\x02\x12\x17\n\x13\x45NDPOINT_STATE_DOWN\x10\x03\x32\x88\x01\n\x0c\x41\x64minService\x12;\n\x06Status\x12\x17.munet.v1.StatusRequest\x1a\x18.munet.v1.StatusResponse\x12;\n\x06Reload\x12\x17.munet.v1.ReloadRequest\x1a\x18.munet.v1.ReloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'munet.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ENDPOINTSTATE']._serialized_start=1014
+  _globals['_ENDPOINTSTATE']._serialized_end=1142
   _globals['_STATUSREQUEST']._serialized_start=99
   _globals['_STATUSREQUEST']._serialized_end=114
   _globals['_STATUSRESPONSE']._serialized_start=117
-  _globals['_STATUSRESPONSE']._serialized_end=405
-  _globals['_RELOADATTEMPT']._serialized_start=408
-  _globals['_RELOADATTEMPT']._serialized_end=549
-  _globals['_SEGMENTCOUNTERS']._serialized_start=552
-  _globals['_SEGMENTCOUNTERS']._serialized_end=709
-  _globals['_RELOADREQUEST']._serialized_start=711
-  _globals['_RELOADREQUEST']._serialized_end=726
-  _globals['_RELOADRESPONSE']._serialized_start=728
-  _globals['_RELOADRESPONSE']._serialized_end=781
-  _globals['_ADMINSERVICE']._serialized_start=784
-  _globals['_ADMINSERVICE']._serialized_end=920
+  _globals['_STATUSRESPONSE']._serialized_end=444
+  _globals['_ENDPOINT']._serialized_start=447
+  _globals['_ENDPOINT']._serialized_end=635
+  _globals['_RELOADATTEMPT']._serialized_start=638
+  _globals['_RELOADATTEMPT']._serialized_end=779
+  _globals['_SEGMENTCOUNTERS']._serialized_start=782
+  _globals['_SEGMENTCOUNTERS']._serialized_end=939
+  _globals['_RELOADREQUEST']._serialized_start=941
+  _globals['_RELOADREQUEST']._serialized_end=956
+  _globals['_RELOADRESPONSE']._serialized_start=958
+  _globals['_RELOADRESPONSE']._serialized_end=1011
+  _globals['_ADMINSERVICE']._serialized_start=1145
+  _globals['_ADMINSERVICE']._serialized_end=1281
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -10,12 +11,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class EndpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENDPOINT_STATE_UNSPECIFIED: _ClassVar[EndpointState]
+    ENDPOINT_STATE_JOINING: _ClassVar[EndpointState]
+    ENDPOINT_STATE_SERVING: _ClassVar[EndpointState]
+    ENDPOINT_STATE_DOWN: _ClassVar[EndpointState]
+ENDPOINT_STATE_UNSPECIFIED: EndpointState
+ENDPOINT_STATE_JOINING: EndpointState
+ENDPOINT_STATE_SERVING: EndpointState
+ENDPOINT_STATE_DOWN: EndpointState
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("generation", "num_tasks", "started", "uptime", "last_reload", "segments", "engine", "version")
+    __slots__ = ("generation", "num_tasks", "started", "uptime", "last_reload", "segments", "engine", "version", "endpoints")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NUM_TASKS_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +36,7 @@ class StatusResponse(_message.Message):
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     num_tasks: int
     started: _timestamp_pb2.Timestamp
@@ -32,7 +45,26 @@ class StatusResponse(_message.Message):
     segments: _containers.RepeatedCompositeFieldContainer[SegmentCounters]
     engine: str
     version: str
-    def __init__(self, generation: _Optional[int] = ..., num_tasks: _Optional[int] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_reload: _Optional[_Union[ReloadAttempt, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[SegmentCounters, _Mapping]]] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
+    def __init__(self, generation: _Optional[int] = ..., num_tasks: _Optional[int] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_reload: _Optional[_Union[ReloadAttempt, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[SegmentCounters, _Mapping]]] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ...) -> None: ...
+
+class Endpoint(_message.Message):
+    __slots__ = ("address", "state", "since", "reason", "generations", "rows_in_flight", "version")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    state: EndpointState
+    since: _timestamp_pb2.Timestamp
+    reason: str
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    rows_in_flight: int
+    version: str
+    def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[EndpointState, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reason: _Optional[str] = ..., generations: _Optional[_Iterable[int]] = ..., rows_in_flight: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ReloadAttempt(_message.Message):
     __slots__ = ("generation", "finished", "duration", "error")

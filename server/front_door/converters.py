@@ -14,6 +14,13 @@ from server.errors import ImageRefusedError
 from server.generation import Generation, Task
 from server.preprocessing import EncodedImage, RawImage, SentImage
 from server.reload import ReloadAttempt
+from server.triton.fleet import EndpointReport, State
+
+_ENDPOINT_STATES = {
+    State.JOINING: admin_pb2.ENDPOINT_STATE_JOINING,
+    State.SERVING: admin_pb2.ENDPOINT_STATE_SERVING,
+    State.DOWN: admin_pb2.ENDPOINT_STATE_DOWN,
+}
 
 
 def to_images(images: Sequence[inference_pb2.Image]) -> list[SentImage]:
@@ -104,6 +111,19 @@ def from_attempt(attempt: ReloadAttempt) -> admin_pb2.ReloadAttempt:
         finished=timestamp(attempt.finished),
         duration=duration(attempt.duration_seconds),
         error=attempt.error,
+    )
+
+
+def from_endpoint(report: EndpointReport) -> admin_pb2.Endpoint:
+    """Returns what is to be said of a Triton."""
+    return admin_pb2.Endpoint(
+        address=report.address,
+        state=_ENDPOINT_STATES[report.state],
+        since=timestamp(report.since),
+        reason=report.reason,
+        generations=report.generations,
+        rows_in_flight=report.rows_in_flight,
+        version=report.version,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import time
+from collections.abc import Callable, Iterable
 
 import munet
 from munet.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -12,6 +14,7 @@ from server.engine import Engine
 from server.front_door import converters
 from server.front_door.edge import Context, deadline_of
 from server.reload import Reloader
+from server.triton.fleet import EndpointReport
 
 # gRPC prescribes the methods' names.
 # ruff: noqa: N802
@@ -60,11 +63,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     Args:
         reloader: what serves.
         engine: what computes.
+        endpoints: says what the Tritons are like that compute; nothing where none do.
     """
 
-    def __init__(self, reloader: Reloader, engine: Engine) -> None:
+    def __init__(self, reloader: Reloader, engine: Engine, endpoints: Callable[[], Iterable[EndpointReport]] = tuple) -> None:
         self._reloader = reloader
         self._engine = engine
+        self._endpoints = endpoints
         self._started = dt.datetime.now(dt.UTC)
         self._started_seconds = time.monotonic()
 
@@ -72,15 +77,18 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """What is served, how the last reload went, and the engine's counters."""
         with self._reloader.lease() as generation:
             attempt = self._reloader.last_attempt
+            # In a thread: a Triton may have to be asked.
+            statistics = await asyncio.to_thread(self._engine.statistics)
             return admin_pb2.StatusResponse(
                 generation=generation.number,
                 num_tasks=len(generation.tasks),
                 started=converters.timestamp(self._started),
                 uptime=converters.duration(time.monotonic() - self._started_seconds),
                 last_reload=converters.from_attempt(attempt) if attempt else None,
-                segments=converters.from_segments(self._engine.statistics(), generation),
+                segments=converters.from_segments(statistics, generation),
                 engine=self._engine.name,
                 version=munet.__version__,
+                endpoints=map(converters.from_endpoint, self._endpoints()),
             )
 
     async def Reload(self, request: admin_pb2.ReloadRequest, context: Context) -> admin_pb2.ReloadResponse:

@@ -1,9 +1,9 @@
 """The code blocks of the Markdown pages, and a stranger's folder in which they run as printed.
 
-What differs from a stranger's machine: `munet-evolve`, `munet-server` and `python` are those of this checkout; `make` and `pip` only check
-that what they are asked for exists; the server's ports are free ones, wherever a page or a default says 8500 and 8501; timm finds its
-weights, random ones, in the hub's cache, and so does `curl`, which knows no other address than the hub's; and numbers that would take
-too long are replaced, by a table in the test.
+What differs from a stranger's machine: `munet-evolve`, `munet-server` and `python` are those of this checkout; `make`, `pip`, `docker` and
+`kubectl` only check that what they are asked for exists; Triton's environment is there already; servers have free ports, wherever a page
+or a default says 8500 and 8501, or 8000 and 8001 for Triton; timm finds its weights, random ones, in the hub's cache, and so does `curl`,
+which knows no other address than the hub's; and numbers that would take too long are replaced, by a table in the test.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ from server.config import read_settings
 from server.errors import SettingsError
 from tests.support.processes import TOP, environment
 from tests.support.published import pixels, png, write_mnist, write_parquet
+from tests.support.repository import RepositoryBuilder, TaskPlan
 
 LANGUAGES = ("sh", "toml", "python", "csv", "json", "text")
 """Languages of blocks that a test knows what to do with."""
 
-COMMANDS = ("munet-evolve", "munet-server", "make", "pip", "curl", "python", "python3")
+COMMANDS = ("munet-evolve", "munet-server", "make", "pip", "curl", "docker", "kubectl", "python", "python3")
 """What shims answer to. A block of `text` must not hold a line that begins with one of them: it would be a command that nobody runs."""
+
+SERVERS = ("munet-server serve", "munet-server triton run")
+"""What runs until it is stopped."""
 
 MODEL = "vit_tiny_patch16_224.augreg_in21k"
 TIMEOUT_SECONDS = 240
@@ -133,9 +137,9 @@ def find_fault(block: Block) -> str | None:
 def _find_fault_of_shell(block: Block) -> str | None:
     if not block.commands:
         return "found no command; expected one"
-    serving = [line for line in block.commands if line.startswith("munet-server serve")]
+    serving = [line for line in block.commands if line.startswith(SERVERS)]
     if serving and len(block.commands) > 1:
-        return "found `munet-server serve` among other commands; expected a block of its own: it runs until it is stopped"
+        return f"found {serving[0]!r} among other commands; expected a block of its own: it runs until it is stopped"
     moving = [line for line in block.commands if re.match(r"(cd|export|source|\.)\s", line)]
     return (
         f"found {moving[0]!r}; expected commands that leave the shell as it was: each block runs in a new one" if moving else None
@@ -204,6 +208,13 @@ def _photograph(shape: int, number: int, random: np.random.Generator, file: path
     image.save(file, exif=exif)
 
 
+def publish_first_tasks(repository: pathlib.Path) -> None:
+    """Publishes what docs/first-task.md publishes, as far as a client can tell."""
+    labels = {"pets": ("cat", "dog", "parrot"), "flowers": ("daisy", "rose", "tulip")}
+    route = ("stem:8:a", "block:trunk")
+    RepositoryBuilder(repository).publish({task: TaskPlan((*route, f"head:{task}:3"), names) for task, names in labels.items()})
+
+
 def make_hub_cache(folder: pathlib.Path) -> None:
     """Writes random weights as timm's downloads lie in the hub's cache."""
     torch.manual_seed(0)
@@ -227,6 +238,8 @@ defaults = {{
 }}
 if {module!r} == "server.cli" and arguments:
     arguments[1:1] = defaults.get(arguments[0], [])
+if {module!r} == "server.cli" and arguments[:2] == ["triton", "run"]:
+    arguments[2:2] = ["--grpc", {triton!r}, "--http", {triton_http!r}]
 os.execv({python!r}, [{python!r}, "-m", {module!r}, *arguments])
 """
 
@@ -262,6 +275,29 @@ match sys.argv[1:]:
         sys.exit(f"found curl {{arguments}}; expected --location --output FILE ADDRESS")
 """
 
+_DOCKER_SHIM = """#!{python}
+import re, subprocess, sys
+from server.triton.container import CONTAINER
+from tests.support.triton import environment
+if CONTAINER not in sys.argv:
+    sys.exit(f"found docker {{sys.argv[1:]}}; expected {{CONTAINER}}")
+program, *arguments = sys.argv[sys.argv.index(CONTAINER) + 1 :]
+triton = environment()
+usage = subprocess.run([triton.program, "--help"], env=triton.variables(), capture_output=True, text=True).stderr
+unknown = {{argument.partition("=")[0] for argument in arguments}} - set(re.findall(r"--[a-z-]+", usage))
+if program != "tritonserver" or unknown:
+    sys.exit(f"found {{unknown or program}}; expected tritonserver and options that it has")
+"""
+
+_KUBECTL_SHIM = """#!{python}
+import pathlib, sys, yaml
+match sys.argv[1:]:
+    case ["apply", "--filename", file] if (pathlib.Path({top!r}) / file).is_file():
+        list(yaml.safe_load_all((pathlib.Path({top!r}) / file).read_text()))
+    case arguments:
+        sys.exit(f"found kubectl {{arguments}}; expected apply --filename FILE with a file of the checkout")
+"""
+
 
 class Stranger:
     """A folder with images, the commands on PATH, and the servers that were started there; leaving the block stops them.
@@ -277,16 +313,20 @@ class Stranger:
         self.folder = folder
         self.output: list[str] = []
         self._servers: list[subprocess.Popen[bytes]] = []
-        self._server, self._admin = _free_addresses(2)
+        self._server, self._admin, self._triton, triton_http = _free_addresses(4)
         make_materials(folder)
+        (folder / ".triton").symlink_to(TOP / ".triton")
         commands = folder.parent / f"{folder.name}-commands"
         commands.mkdir()
         values = {"python": sys.executable, "server": self._server, "admin": self._admin, "top": str(TOP)}
+        values |= {"triton": self._triton, "triton_http": triton_http}
         self._shim(commands / "munet-evolve", _SHIM.format(module="evolve.cli", **values))
         self._shim(commands / "munet-server", _SHIM.format(module="server.cli", **values))
         self._shim(commands / "make", _MAKE_SHIM.format(make="/usr/bin/make", top=shlex.quote(str(TOP))))
         self._shim(commands / "pip", _PIP_SHIM.format(**values))
         self._shim(commands / "curl", _CURL_SHIM.format(cache=str(hub_cache), **values))
+        self._shim(commands / "docker", _DOCKER_SHIM.format(**values))
+        self._shim(commands / "kubectl", _KUBECTL_SHIM.format(**values))
         for name in ("python", "python3"):
             (commands / name).symlink_to(sys.executable)
         self._environment = {
@@ -336,13 +376,14 @@ class Stranger:
     # Shell and Python
 
     def _run_shell(self, block: Block) -> None:
-        if block.commands[0].startswith("munet-server serve"):
+        if block.commands[0].startswith(SERVERS):
             self._serve(block)
         else:
             self._run_process(block, ["bash", "-euo", "pipefail", "-c", block.text])
 
     def _run_python(self, block: Block) -> None:
         text = block.text.replace("127.0.0.1:8500", self._server).replace("127.0.0.1:8501", self._admin)
+        text = text.replace("127.0.0.1:8001", self._triton)
         self._run_process(block, [sys.executable, "-c", text])
 
     def _run_process(self, block: Block, command: Sequence[str]) -> None:

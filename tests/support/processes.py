@@ -41,16 +41,21 @@ def _run(module: str, arguments: tuple[str | pathlib.Path, ...], timeout_seconds
 class ServerProcess:
     """munet-server serve on free ports; leaving the block stops it with SIGTERM.
 
+    Args:
+        repository: what to serve.
+        arguments: further ones of the command.
+
     Attributes:
         address: of the front door.
         admin_address: of the admin service.
         status: exit status, after the block.
     """
 
-    def __init__(self, repository: pathlib.Path) -> None:
+    def __init__(self, repository: pathlib.Path, *arguments: str) -> None:
         command = [
             *(sys.executable, "-m", "server.cli", "serve", "--repository", str(repository)),
             *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"),
+            *arguments,
         ]
         self.process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import random
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve.export.segments import Segmentation, find_segments, published_cuts, segment_of, units_of
-from evolve.export.settings import ExportSettings
+from evolve.export.settings import ExportSettings, exporter_version
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import HEAD, NORM, Layer, LayerKind, LayerSpec, adapter_position
 from evolve.path import Path, PlacedLayer, ordered_positions
@@ -105,6 +107,18 @@ def test_the_name_covers_layers_their_grouping_and_the_settings() -> None:
     }
     assert len(names) == 4
     assert all(len(name) == 16 and name.startswith("seg-") for name in names)
+
+
+def test_a_cache_renames_what_it_is_for_and_nothing_else() -> None:
+    units = units_of(path("t"))
+    cached = dataclasses.replace(SETTINGS, response_cache=True)
+    assert segment_of(units[:2], cached).name != segment_of(units[:2], SETTINGS).name
+    assert segment_of(units[1:], cached).name == segment_of(units[1:], SETTINGS).name
+    # What was published before there was a cache keeps its name.
+    told = {"target": "cpu", "precision": "float32", "max_batch_size": 32, "opset": 20, "ir_version": 10}
+    content = [exporter_version(), told, [unit.layer_ids for unit in units]]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert segment_of(units, SETTINGS).name == f"seg-{digest[:12]}"
 
 
 def test_the_name_covers_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ from tritonclient.grpc import model_config_pb2
 
 from evolve.export.triton import RoutedTask, multi_task_ensemble, segment_config, task_ensemble
 from munet.v1 import generation_pb2
+from server.repository import Repository
+from server.triton.process import TritonProcess
+from server.triton.supervisor import Supervisor, ensembles_of, read_generation
 from tests.evolve.export.conftest import Published
+from tests.support.triton import Caller, environment
 
 
 def parsed(data: bytes) -> Any:
@@ -58,6 +64,14 @@ def test_float16_is_stated_and_its_norms_add_up_in_float32_on_a_gpu() -> None:
     assert [(t.name, t.data_type) for t in config.output] == [("logits", model_config_pb2.TYPE_FP32)]
     (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert dict(cuda.parameters) == {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+
+
+def test_a_cache_is_for_what_takes_the_image_and_never_for_ensembles() -> None:
+    assert parsed(segment_config(STEM, "cpu", response_cache=True)).response_cache.enable
+    assert not parsed(segment_config(MIDDLE, "cpu", response_cache=True)).HasField("response_cache")
+    assert not parsed(segment_config(STEM, "cpu")).HasField("response_cache")
+    for ensemble in (task_ensemble(A), task_ensemble(A).renamed("a"), multi_task_ensemble(16, [A, B])):
+        assert not parsed(ensemble.files["config.pbtxt"]).HasField("response_cache")
 
 
 def test_a_task_is_an_ensemble_of_its_route() -> None:
@@ -149,3 +163,19 @@ def test_the_generation_names_an_ensemble_for_each_image_size(pristine: Publishe
         (16, ["adapted", "cloned", "plain", "short"]),
         (24, ["large"]),
     ]
+
+
+def test_a_real_triton_loads_it_and_answers_as_torch_does(pristine: Published) -> None:
+    generation = read_generation(Repository(pristine.repository))
+    with (
+        TritonProcess(environment(), pristine.repository) as triton,
+        contextlib.closing(Supervisor(triton, pristine.repository)) as supervisor,
+        Caller(triton.addresses.grpc) as caller,
+    ):
+        # Asks every task its golden images, whose logits torch computed.
+        supervisor.load(generation, threading.Event())
+        assert caller.ready() == {*generation.segments, *ensembles_of(generation)}
+        images = generation.tasks["plain"].golden.read_images()
+        answers = caller.infer(generation.ensembles[16], images)
+        for task in ("adapted", "cloned", "plain", "short"):
+            assert answers[f"logits_{task}"] == pytest.approx(generation.tasks[task].golden.logits, abs=1e-4)
