@@ -153,7 +153,7 @@ def cases(smoke: bool) -> list[Case]:
     augmented = wanted(shallow, crop_area_min=0.5)
     plain = wanted(deep, crop_area_min=1.0)
     last = (block_position(deep.architecture.blocks - 1), NORM)
-    epochs, num_deep = (2, 16) if smoke else (10, 512)
+    epochs, num_deep = (2, 16) if smoke else (10, 256)
     random = np.random.default_rng(3)
     mutated = []
     for index in range(8):

@@ -396,7 +396,10 @@ def _anchor(values: Any, folder: pathlib.Path) -> Any:
 def _describe(finding: SettingFinding, kind: type[Settings]) -> str:
     where = finding.name or kind.__name__
     if finding.kind == "extra_forbidden":
-        similar = similar_names(where.rpartition(".")[2], _known_keys(kind))
+        key, known = where.rpartition(".")[2], _known_keys(kind)
+        if key in known:
+            return f"{where}: unknown setting here; it belongs to another table, or to tasks of another source"
+        similar = similar_names(key, known)
         return f"{where}: unknown setting" + (f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "")
     is_shown = not isinstance(finding.found, dict | list)
     if finding.is_allowed:

@@ -68,6 +68,10 @@ def test_relative_paths_of_every_source_start_at_the_file(tmp_path):
     [
         ("[search]\nrouds = 2\n" + TASKS, "search.rouds: unknown setting; did you mean 'rounds'"),
         ("sed = 1\n" + TASKS, "sed: unknown setting; did you mean 'seed'"),
+        (
+            "batch_size = 1\n" + TASKS,
+            "batch_size: unknown setting here; it belongs to another table, or to tasks of another source",
+        ),
         ('[search]\nrounds = "two"\n' + TASKS, "search.rounds: found 'two', expected a whole number of at least 1"),
         ("[search]\nrounds = 1.5\n" + TASKS, "search.rounds: found 1.5, expected a whole number of at least 1"),
         ('[search]\nmutation_rate = "0.1"\n' + TASKS, "search.mutation_rate: found '0.1', expected a number from 0 to 1"),
