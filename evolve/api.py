@@ -21,6 +21,7 @@ from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TrainingSettings, load_settings
 from evolve.data.task import TaskData
 from evolve.errors import DataError, SettingsError, SystemFolderError
+from evolve.export.coarsening import Coarseness
 from evolve.export.settings import Precision, Target
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED, LayerKind
@@ -335,6 +336,7 @@ def publish(
     *,
     target: Target = "cpu",
     precision: Precision = "float32",
+    coarseness: Coarseness | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PublishResult:
     """Publishes every task's current path to a model repository, as `munet-evolve export` does.
@@ -344,6 +346,8 @@ def publish(
         repository: its folder, made if missing.
         target: where Triton is to run it.
         precision: of the weights and hidden states that are published.
+        coarseness: what coarse segments are chosen by, such as `Coarseness(ENGINE_COSTS["triton"])` of evolve.export.coarsening; without
+            it, segments are as long as sharing allows.
         progress: takes a sentence about each step.
 
     Raises:
@@ -352,7 +356,9 @@ def publish(
     """
     from evolve.export.publish import export_system
 
-    return export_system(system, pathlib.Path(repository), target=target, precision=precision, progress=progress)
+    return export_system(
+        system, pathlib.Path(repository), target=target, precision=precision, coarseness=coarseness, progress=progress
+    )
 
 
 def remove_task(system: System, task: str) -> None:
