@@ -10,14 +10,15 @@ from server.errors import Finding, SegmentLoadError
 from server.generation import Generation
 from server.reload import rehearse
 from server.repository import Repository, config_path
+from server.triton.container import check_versions
 from server.verification import parse_config
 
 
 def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[Generation | None, list[Finding]]:
     """Checks a repository's current generation.
 
-    Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and the aliases,
-    which only clients of Triton see.
+    Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and what only a
+    Triton would notice: the aliases, and ONNX files that are too new for its container.
 
     Args:
         repository: what to check.
@@ -34,6 +35,7 @@ def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[
     if generation is None:
         return None, findings
     findings += check_aliases(repository, generation)
+    findings += check_versions(generation)
     try:
         engine.load(generation)
     except SegmentLoadError:

@@ -13,6 +13,7 @@ import logging
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -21,9 +22,9 @@ import typer
 from server.check import check as check_repository
 from server.classification import Classifier
 from server.client import AdminClient, Client
-from server.config import ServerSettings, check_address, read_settings
+from server.config import MAX_THREADS, ServerSettings, check_address, read_settings
 from server.embedded.engine import EmbeddedEngine
-from server.errors import CallError, ServerError, SettingsError
+from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.server import ADMIN_SERVICE, INFERENCE_SERVICE, FrontDoor
@@ -34,8 +35,14 @@ from server.preprocessing import Preprocessor
 from server.reload import Reloader
 from server.repository import Repository
 from server.results import Classification, ServerStatus
+from server.triton.environment import DEFAULT_FOLDER, find_environment
+from server.triton.environment import install as install_triton
+from server.triton.process import TritonAddresses, TritonProcess
+from server.triton.supervisor import Supervisor, read_generation
 
 _log = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 app = typer.Typer(
     help="Serves the tasks of a model repository by name, over gRPC.",
@@ -43,6 +50,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+triton_app = typer.Typer(help="Runs a real Triton on a model repository.", no_args_is_help=True)
+app.add_typer(triton_app, name="triton")
 
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
 DeviceOption = Annotated[
@@ -169,7 +179,7 @@ def serve(
     """Serves a model repository until SIGTERM or SIGINT, and every generation published there meanwhile."""
     if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise SettingsError("--log-level", log_level, "debug, info, warning or error")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     overrides: dict[str, Any] = {
         "repository": repository,
         "listen": listen,
@@ -259,6 +269,70 @@ def reload_(
     with AdminClient(admin) as client:
         answer = client.reload(timeout_seconds=timeout)
     print(f"serving generation {answer.generation}" + ("" if answer.changed else ", as before"))
+
+
+@triton_app.command()
+def run(
+    repository: RepositoryOption = pathlib.Path("model_repository"),
+    grpc: Annotated[str, typer.Option(help="HOST:PORT for KServe v2 over gRPC; port 0 for any free one.")] = "127.0.0.1:8001",
+    http: Annotated[str, typer.Option(help="HOST:PORT for KServe v2 over HTTP.")] = "127.0.0.1:8000",
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT for Triton's Prometheus metrics over HTTP.", show_default="none")
+    ] = None,
+    environment: Annotated[
+        pathlib.Path, typer.Option(help="The folder that `munet-server triton install` made.")
+    ] = DEFAULT_FOLDER,
+    load: Annotated[
+        bool, typer.Option(help="Load the current generation; or nothing, for a front door that loads what it serves.")
+    ] = True,
+    threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
+    interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
+    log: Annotated[
+        pathlib.Path | None, typer.Option(help="File that Triton's own log is added to.", show_default="a temporary one")
+    ] = None,
+) -> None:
+    """Runs a real Triton on a model repository until SIGTERM or SIGINT; what dies meanwhile is brought back."""
+    logging.basicConfig(level="INFO", format=LOG_FORMAT, stream=sys.stderr)
+    for option, address in (("--grpc", grpc), ("--http", http), ("--metrics", metrics)):
+        if address is not None:
+            _check_address_option(option, address)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    reader = Repository(repository)
+    generation = read_generation(reader) if load else None
+    if generation is None:
+        reader.current_number()
+    addresses = TritonAddresses(grpc, http, metrics)
+    with TritonProcess(find_environment(environment), repository, addresses, log, threads) as triton:
+        supervisor = Supervisor(triton, repository)
+        if generation is not None:
+            supervisor.load(generation, stop)
+        if not stop.is_set():
+            # Scripts wait for this line and read the real addresses from it.
+            print(_triton_line(triton, generation), flush=True)
+        supervisor.watch(stop, interval)
+    counts = f"{_counted(supervisor.num_restarts, 'restart')}, {_counted(supervisor.num_revivals, 'segment')} loaded again"
+    print(f"stopped; {counts}")
+
+
+def _triton_line(triton: TritonProcess, generation: Generation | None) -> str:
+    what = f"generation {generation.number} ({_counted(len(generation.tasks), 'task')})" if generation else "nothing yet"
+    metrics = f", metrics {triton.addresses.metrics}" if triton.addresses.metrics else ""
+    return f"Triton serving {what} at {triton.addresses.grpc}, HTTP {triton.addresses.http}{metrics}, log {triton.log}"
+
+
+@triton_app.command()
+def install(
+    into: Annotated[pathlib.Path, typer.Option(help="A new or empty folder, or one that this command made.")] = DEFAULT_FOLDER,
+) -> None:
+    """Makes the environment that a real Triton runs in, from the package index; once, in some seconds."""
+    try:
+        environment = find_environment(into)
+    except TritonEnvironmentError:
+        print(f"making Triton's environment in {into} (once; 330 MB, some seconds)", flush=True)
+        environment = install_triton(into)
+    print(f"Triton's environment in {environment.folder} is ready")
 
 
 def _check_address_option(option: str, address: str) -> None:

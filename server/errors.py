@@ -11,7 +11,16 @@
     │   ├── SegmentLoadError        a segment cannot be loaded
     │   ├── SegmentRunError         a segment failed on some rows
     │   ├── NotLoadedError          the generation is not loaded
-    │   └── EngineClosedError       the engine is closing or closed
+    │   ├── EngineClosedError       the engine is closing or closed
+    │   └── EndpointError           a Triton elsewhere did not do what it was asked
+    │       ├── EndpointGoneError       it does not answer, or not in time
+    │       ├── ModelMissingError       it does not hold a model
+    │       ├── ModelDeadError          the process that runs a model there is dead
+    │       └── ModelFailedError        it says that a model cannot be loaded or failed
+    ├── TritonError                 a Triton of ours that cannot run
+    │   ├── TritonEnvironmentError  the environment that it runs in is missing or cannot be made
+    │   ├── TritonProcessError      tritonserver did not start, or ended
+    │   └── SharedMemoryError       too little shared memory
     ├── RequestError                a request that cannot be answered as it stands
     │   ├── UnknownTaskError        no such task is served
     │   ├── ImageRefusedError       an image that cannot be used
@@ -20,6 +29,7 @@
     ├── DeadlineError               the caller's deadline passed before the answer was there
     ├── OverloadedError             too much waits
     ├── UnavailableError            the server answers nothing now
+    │   └── NoEndpointError         no Triton computes these tasks now
     └── CallError                   what a client learns when its call fails
         ├── CallRefusedError        the server refused the request (its fault lies in the request)
         │   └── TaskNotFoundError   no such task is served
@@ -207,6 +217,98 @@ class EngineClosedError(EngineError):
         super().__init__("the engine is closed and answers no more; ask another server")
 
 
+class EndpointError(EngineError):
+    """A Triton elsewhere did not do what it was asked.
+
+    Attributes:
+        endpoint: its address.
+        reason: what it said, or what was found.
+    """
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint = endpoint
+        self.reason = reason
+        super().__init__(f"Triton at {endpoint}: {reason}")
+
+
+class EndpointGoneError(EndpointError):
+    """It does not answer, or not in time."""
+
+
+class ModelMissingError(EndpointError):
+    """It does not hold a model."""
+
+
+class ModelDeadError(EndpointError):
+    """The process that runs a model there is dead."""
+
+
+class ModelFailedError(EndpointError):
+    """It says that a model cannot be loaded or failed."""
+
+
+class TritonError(ServerError):
+    """A Triton of ours that cannot run."""
+
+
+class TritonEnvironmentError(TritonError):
+    """The environment that Triton runs in is missing or cannot be made.
+
+    Attributes:
+        folder: where it should be.
+        found: what is there.
+        expected: what should be there.
+        advice: what to do.
+    """
+
+    def __init__(self, folder: pathlib.Path, found: str, expected: str, advice: str) -> None:
+        self.folder = folder
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        super().__init__(f"Triton's environment {str(folder)!r}: found {found}, expected {expected}; {advice}")
+
+
+class TritonProcessError(TritonError):
+    """tritonserver did not start, or ended.
+
+    Attributes:
+        found: what happened.
+        expected: what should have happened.
+        log: its log; kept.
+        lines: the end of the log, or what of it says why.
+    """
+
+    def __init__(self, found: str, expected: str, log: pathlib.Path, lines: Sequence[str]) -> None:
+        self.found = found
+        self.expected = expected
+        self.log = log
+        self.lines = tuple(lines)
+        shown = "".join(f"\n  {line}" for line in self.lines)
+        super().__init__(f"tritonserver: found {found}, expected {expected}; its log is {log} and says:{shown}")
+
+
+class SharedMemoryError(TritonError):
+    """There is too little shared memory for Triton's Python backend.
+
+    Attributes:
+        folder: where it is.
+        free: bytes free.
+        least: bytes without which the segments do not even load.
+        num_segments: how many there are.
+    """
+
+    def __init__(self, folder: pathlib.Path, free: int, least: int, num_segments: int) -> None:
+        self.folder = folder
+        self.free = free
+        self.least = least
+        self.num_segments = num_segments
+        super().__init__(
+            f"shared memory {str(folder)!r}: found {free / 2**20:.1f} MiB free, expected at least {least / 2**20:.1f} MiB for "
+            f"{num_segments} segments; give it more (docker run --shm-size, or a larger tmpfs) or remove what else is there"
+        )
+
+
 class RequestError(ServerError):
     """A request that cannot be answered as it stands."""
 
@@ -308,6 +410,27 @@ class UnavailableError(ServerError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"this server answers nothing now: found it {reason}, expected it serving; ask another one")
+
+
+class NoEndpointError(UnavailableError):
+    """No Triton computes these tasks now.
+
+    Attributes:
+        tasks: what was asked.
+        reasons: for each endpoint, what is wrong with it.
+    """
+
+    NUM_SHOWN = 5
+
+    def __init__(self, tasks: Sequence[str], reasons: Sequence[str]) -> None:
+        self.tasks = tuple(tasks)
+        self.reasons = tuple(reasons)
+        shown = "; ".join(reason[:300] for reason in self.reasons[: self.NUM_SHOWN])
+        rest = len(self.reasons) - self.NUM_SHOWN
+        super().__init__(
+            f"without a Triton that computes {', '.join(self.tasks[: self.NUM_SHOWN])} "
+            f"({shown}{f'; and {rest} more' if rest > 0 else ''})"
+        )
 
 
 class CallError(ServerError):

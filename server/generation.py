@@ -129,9 +129,11 @@ class Generation:
         digest: sha256 of its file, in hex: which generation it is, even if a repository was made anew.
         segments: by name, ascending.
         tasks: by name, ascending.
+        ensembles: names of the ensembles in Triton that answer all tasks of an image size at once, by the size in pixels.
     """
 
     number: int
     digest: str
     segments: Mapping[str, Segment]
     tasks: Mapping[str, Task]
+    ensembles: Mapping[int, str]

@@ -202,7 +202,14 @@ class Repository:
     def _to_generation(self, message: generation_pb2.Generation, digest: str) -> Generation:
         segments = {segment.name: self._to_segment(segment) for segment in sorted(message.segments, key=lambda s: s.name)}
         tasks = {task.name: self._to_task(task) for task in sorted(message.tasks, key=lambda t: t.name)}
-        return Generation(message.number, digest, types.MappingProxyType(segments), types.MappingProxyType(tasks))
+        ensembles = {ensemble.image_size: ensemble.name for ensemble in message.multi_task_ensembles}
+        return Generation(
+            number=message.number,
+            digest=digest,
+            segments=types.MappingProxyType(segments),
+            tasks=types.MappingProxyType(tasks),
+            ensembles=types.MappingProxyType(ensembles),
+        )
 
     def _to_segment(self, segment: generation_pb2.Segment) -> Segment:
         return Segment(

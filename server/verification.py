@@ -81,15 +81,28 @@ def check_names(message: generation_pb2.Generation) -> list[Finding]:
             findings.append(Finding(f"task {task.name!r}", "it twice", "each task once"))
         names.add(task.name)
         findings += _check_task(task, known)
+    return findings + _check_multi_task_ensembles(message)
+
+
+def _check_multi_task_ensembles(message: generation_pb2.Generation) -> list[Finding]:
+    findings = []
+    sizes = {task.name: task.preprocessing.image_size for task in message.tasks}
+    # Each size once, so that whoever asks several tasks knows whom.
+    unanswered = set(sizes.values())
     for ensemble in message.multi_task_ensembles:
-        if not ensemble.name.startswith(f"all-{ensemble.image_size}."):
-            where = f"multi-task ensemble {ensemble.name!r}"
-            findings.append(Finding(where, "this name", f"'all-{ensemble.image_size}.' and a hash"))
-        findings += [
-            Finding(f"multi-task ensemble {ensemble.name!r}", f"task {name!r}", "tasks of this generation")
-            for name in ensemble.tasks
-            if name not in names
-        ]
+        where, size = f"multi-task ensemble {ensemble.name!r}", ensemble.image_size
+        if not ensemble.name.startswith(f"all-{size}."):
+            findings.append(Finding(where, "this name", f"'all-{size}.' and a hash"))
+        if size not in unanswered:
+            findings.append(Finding(where, f"image size {size}", "each image size of the tasks once"))
+        unanswered.discard(size)
+        findings += [Finding(where, f"task {name!r}", "tasks of this generation") for name in ensemble.tasks if name not in sizes]
+        missing = sorted(name for name in sizes if sizes[name] == size and name not in ensemble.tasks)
+        if missing:
+            findings.append(Finding(where, f"no task {missing[0]!r}", f"all tasks of {size} pixels"))
+    findings += [
+        Finding(f"tasks of {size} pixels", "no multi-task ensemble", f"'all-{size}.' and a hash") for size in sorted(unanswered)
+    ]
     return findings
 
 
@@ -260,8 +273,8 @@ def check_ensemble(
         yield Finding(f"{where}: platform", repr(config.platform), "'ensemble'")
         return
     smallest = min((config_.max_batch_size for config_ in _used(config, segments)), default=1)
-    if not 1 <= config.max_batch_size <= smallest:
-        yield Finding(f"{where}: max_batch_size", repr(config.max_batch_size), f"1 to {smallest}, the least of its segments")
+    if config.max_batch_size != smallest:
+        yield Finding(f"{where}: max_batch_size", repr(config.max_batch_size), f"{smallest}, the least of its segments")
     if [tensor.name for tensor in config.input] != ["image"]:
         yield Finding(f"{where}: input", repr([tensor.name for tensor in config.input]), "['image']")
         return

@@ -18,18 +18,16 @@ import numpy as np
 import onnxruntime
 
 from server.config import EngineSettings
-from server.embedded.batches import Branch, Cargo, LoadedGeneration, OpenQuestion, SegmentCounters, values_of
+from server.embedded.batches import Cargo, SegmentCounters, values_of
 from server.embedded.carriers import Carrier, Transfers, Values, carrier_of
 from server.embedded.scheduler import Decision, Lane, Rows, Scheduler
 from server.embedded.sessions import SegmentSession, prepare_device, prepare_process
 from server.engine import Logits, Question, SegmentStatistics, check_question
 from server.errors import DeadlineError, EngineClosedError, NotLoadedError, OverloadedError, SegmentRunError, ServerError
 from server.generation import Generation
+from server.questions import Branch, LoadedGeneration, OpenQuestion, Settlement, completion, failure, settle_all
 
 _log = logging.getLogger(__name__)
-
-Settlement = Callable[[], None]
-"""Completes a future; called without the lock, because futures call back."""
 
 
 class EmbeddedEngine:
@@ -156,7 +154,7 @@ class EmbeddedEngine:
             self._closed = True
             settlements = [settle for number in list(self._open) for settle in self._fail(number, EngineClosedError())]
             self._work.notify_all()
-        _settle(settlements)
+        settle_all(settlements)
         for worker in self._workers:
             worker.join()
         with self._loading, self._lock:
@@ -219,7 +217,7 @@ class EmbeddedEngine:
                     self._work.notify()
                 settlements = [settle for number in decision.expired for settle in self._fail(number, DeadlineError())]
                 session = self._sessions[decision.batch[0].lane.segment] if decision.batch else None
-            _settle(settlements)
+            settle_all(settlements)
             if session is not None:
                 try:
                     self._run_batch(session, decision)
@@ -252,12 +250,12 @@ class EmbeddedEngine:
             if counters is not None:
                 counters.count(decision.batch)
             settlements = list(self._distribute(session.segment.name, decision.batch, answer, sound))
-        _settle(settlements)
+        settle_all(settlements)
 
     def _fail_batch(self, decision: Decision[Cargo], error: SegmentRunError) -> None:
         with self._lock:
             settlements = [settle for rows in decision.batch for settle in self._fail(rows.request, error)]
-        _settle(settlements)
+        settle_all(settlements)
 
     def _distribute(self, segment: str, batch: Iterable[Rows[Cargo]], answer: Values, sound: bool) -> Iterable[Settlement]:
         """Sends each row of a batch's answer where it goes next; `sound` says that all of it is known to be numbers."""
@@ -280,7 +278,7 @@ class EmbeddedEngine:
             for task in rows.payload.branch.leaves:
                 if opened.put(task, first_image, values):
                     self._end(opened)
-                    yield _completion(opened)
+                    yield completion(opened)
 
     def _abandon(self, number: int) -> None:
         """Forgets a question that its caller cancelled."""
@@ -294,7 +292,7 @@ class EmbeddedEngine:
         if opened is None:
             return []
         self._end(opened)
-        return [_failure(opened, error)]
+        return [failure(opened, error)]
 
     def _end(self, opened: OpenQuestion) -> None:
         """Takes a question out of the books; completing its future is up to the caller."""
@@ -312,24 +310,3 @@ class EmbeddedEngine:
         for name in self._sessions.keys() - used:
             del self._sessions[name]
             del self._counters[name]
-
-
-def _completion(opened: OpenQuestion) -> Settlement:
-    def settle() -> None:
-        if opened.future.set_running_or_notify_cancel():
-            opened.future.set_result(opened.logits)
-
-    return settle
-
-
-def _failure(opened: OpenQuestion, error: ServerError) -> Settlement:
-    def settle() -> None:
-        if opened.future.set_running_or_notify_cancel():
-            opened.future.set_exception(error)
-
-    return settle
-
-
-def _settle(settlements: Iterable[Settlement]) -> None:
-    for settle in settlements:
-        settle()

@@ -6,6 +6,7 @@ import grpc
 
 from server.errors import (
     DeadlineError,
+    EndpointError,
     EngineClosedError,
     OverloadedError,
     RepositoryError,
@@ -24,6 +25,7 @@ STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     EngineClosedError: grpc.StatusCode.UNAVAILABLE,
+    EndpointError: grpc.StatusCode.UNAVAILABLE,
     RepositoryError: grpc.StatusCode.FAILED_PRECONDITION,
 }
 

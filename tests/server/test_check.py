@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
+import onnx
 import pytest
 
 from server.check import check
@@ -47,6 +49,27 @@ def test_every_alias_must_be_its_ensemble(builder: RepositoryBuilder, engine: Em
     found = findings(builder, engine)
     assert len(found) == 4
     assert [line.split("/")[0] for line in found] == ["digits", "greek", "hebrew", "large"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"opset": 26}, ["opset: found 26, expected at most 25"]),
+        ({"ir_version": 99}, ["IR version: found 99, expected at most 13", "found .*Unsupported model IR version: 99"]),
+    ],
+)
+def test_segments_too_new_for_a_container_of_triton_are_named(
+    builder: RepositoryBuilder, engine: EmbeddedEngine, change: dict[str, int], expected: list[str]
+) -> None:
+    segment = builder.read_manifest(1).tasks[0].route[-1]
+    model = onnx.load(builder.root / segment / "1" / "model.onnx")
+    model.ir_version = change.get("ir_version", model.ir_version)
+    model.opset_import[0].version = change.get("opset", model.opset_import[0].version)
+    builder.replace_file(1, f"{segment}/1/model.onnx", model.SerializeToString())
+    found = findings(builder, engine)
+    assert len(found) == len(expected)
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.search(f"segment '{segment}'.*{pattern}", line)
 
 
 def test_every_segment_onnx_runtime_refuses_is_named(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:

@@ -176,6 +176,9 @@ def test_a_repository_behind_a_link_is_served(builder: RepositoryBuilder, tmp_pa
         (lambda m: m.tasks[0].golden.logits.pop(), "golden.logits"),
         (lambda m: setattr(m.multi_task_ensembles[0], "name", "every-8.1"), "multi-task ensemble"),
         (lambda m: m.multi_task_ensembles[0].tasks.append("nobody"), "tasks of this generation"),
+        (lambda m: m.multi_task_ensembles[0].tasks.pop(), "all tasks of 8 pixels"),
+        (lambda m: m.multi_task_ensembles.append(m.multi_task_ensembles[0]), "each image size of the tasks once"),
+        (lambda m: m.multi_task_ensembles.pop(0), "no multi-task ensemble"),
     ],
 )
 def test_a_generation_that_contradicts_itself(builder: RepositoryBuilder, change: Callable[[Any], Any], words: str) -> None:

@@ -72,6 +72,7 @@ def steps(config: Any) -> Any:
     [
         (lambda c: setattr(c, "platform", "") or c.ClearField("ensemble_scheduling"), "platform"),
         (lambda c: setattr(c, "max_batch_size", 99), "max_batch_size"),
+        (lambda c: setattr(c, "max_batch_size", 4), "max_batch_size"),
         (lambda c: setattr(c.input[0], "name", "picture"), "input"),
         (lambda c: setattr(c.input[0], "data_type", triton.TYPE_FP32), "step[0]: input_map"),
         (lambda c: c.input[0].dims.__setitem__(0, 9), "step[0]: input_map"),
@@ -140,7 +141,7 @@ def test_a_label_with_a_line_break(builder: RepositoryBuilder) -> None:
     [
         (lambda m: m.tasks[0].route.reverse(), "the image gives"),
         (lambda m: m.tasks[0].route.pop(), "logits of its labels"),
-        (lambda m: setattr(m.tasks[0].preprocessing, "image_size", 9), "the image gives"),
+        (lambda m: next(s for s in m.segments if s.input.name == "image").input.shape.__setitem__(0, 9), "the image gives"),
     ],
 )
 def test_routes_whose_shapes_do_not_chain(builder: RepositoryBuilder, change: Callable[[Any], Any], words: str) -> None:

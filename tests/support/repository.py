@@ -354,6 +354,7 @@ class RepositoryBuilder:
         config = triton.ModelConfig(name=segment.name, backend="onnxruntime", max_batch_size=MAX_BATCH_SIZE)
         config.input.add(name=layer.input[0], data_type=_triton_type(layer.input[1]), dims=layer.input[2])
         config.output.add(name=layer.output[0], data_type=_triton_type(layer.output[1]), dims=layer.output[2])
+        config.instance_group.add(kind=triton.ModelInstanceGroup.KIND_CPU, count=1)
         config.dynamic_batching.SetInParent()
         self._write(f"{segment.name}/1/model.onnx", model)
         self._write(f"{segment.name}/config.pbtxt", text_format.MessageToString(config).encode())

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.embedded.batches import Cargo, LoadedGeneration, OpenQuestion, RouteTree, values_of
+from server.embedded.batches import Cargo, values_of
 from server.embedded.scheduler import Lane, Rows
 from server.engine import Question
+from server.questions import LoadedGeneration, OpenQuestion, RouteTree
 from server.repository import Repository
 from tests.support.repository import RepositoryBuilder, random_images
 

@@ -1,0 +1,1 @@
+"""What runs within Triton, not within the server: see `model.py`."""

@@ -1,0 +1,322 @@
+"""munet-server triton run on a real Triton: what it refuses, what dies under it, how it ends."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import model_config_pb2
+
+from server.errors import GenerationRefusedError
+from server.repository import Repository
+from server.triton.process import TritonProcess
+from server.triton.shared_memory import FOLDER as MEMORY
+from server.triton.supervisor import Supervisor, ensembles_of, read_generation
+from tests.support.processes import TOP, server
+from tests.support.processes import environment as variables
+from tests.support.repository import DIGITS, HEBREW, SHORT, RepositoryBuilder, TaskPlan, answer, random_images
+from tests.support.triton import FOLDER, Caller, TritonRun, children, environment, is_alive, kill, make_request, wait_until
+
+PLANS = {"digits": DIGITS, "hebrew": HEBREW, "short": SHORT}
+IMAGES = random_images(3, 8, seed=9)
+
+
+def is_right(caller: Caller, task: str) -> bool:
+    """Whether a task answers, and what it should."""
+    try:
+        logits = caller.infer(task, IMAGES)["logits"]
+    except grpc.RpcError:
+        return False
+    np.testing.assert_allclose(logits, answer(PLANS[task], IMAGES), atol=1e-4)
+    return True
+
+
+# What dies while it runs
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> RepositoryBuilder:
+    builder = RepositoryBuilder(tmp_path_factory.mktemp("repository"))
+    builder.publish(PLANS)
+    return builder
+
+
+@pytest.fixture(scope="module")
+def run(builder: RepositoryBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonRun]:
+    with TritonRun(builder.root, tmp_path_factory.mktemp("output") / "output", "--interval", "0.2") as run:
+        yield run
+        log, prefix = run.log, prefix_of(run)
+        assert run.stop() == 0, run.said
+        assert not log.exists()
+        assert run.said.rstrip().splitlines()[-1].startswith("stopped; ")
+        assert not list(MEMORY.glob(f"{prefix}*"))
+
+
+@pytest.fixture
+def caller(run: TritonRun) -> Iterator[Caller]:
+    with Caller(run.address) as caller:
+        wait_until(lambda: all(is_right(caller, task) for task in PLANS))
+        yield caller
+
+
+@pytest.fixture(scope="module")
+def trunk(builder: RepositoryBuilder) -> str:
+    """What digits and short run through and hebrew does not."""
+    (segment,) = [segment.name for segment in builder.read_manifest(1).segments if segment.units[0].layer_ids == ["block:trunk"]]
+    return segment
+
+
+def prefix_of(run: TritonRun) -> str:
+    command = pathlib.Path(f"/proc/{run.triton_pid}/cmdline").read_text()
+    return command.partition("shm-region-prefix-name=")[2].partition("-\0")[0]
+
+
+def test_a_segment_killed_between_inferences_comes_back_and_others_notice_nothing(
+    run: TritonRun, caller: Caller, trunk: str
+) -> None:
+    kill(run.stub_pid(trunk))
+    wait_until(lambda: is_right(caller, "hebrew") and is_right(caller, "digits"))
+    wait_until(lambda: f"{trunk} is loaded again" in run.said)
+    assert all(is_right(caller, task) for task in PLANS)
+
+
+def test_a_segment_killed_during_an_inference_fails_it_and_comes_back(run: TritonRun, caller: Caller, trunk: str) -> None:
+    stub = run.stub_pid(trunk)
+    os.kill(stub, signal.SIGSTOP)
+    call = caller.stub.ModelInfer.future(make_request("digits", IMAGES), timeout=60)
+    with pytest.raises(grpc.FutureTimeoutError):
+        call.result(timeout=0.2)
+    kill(stub)
+    with pytest.raises(grpc.RpcError, match="is not healthy|has no available versions|unavailable"):
+        call.result()
+    wait_until(lambda: is_right(caller, "digits"))
+
+
+def test_a_killed_triton_is_started_again_where_it_was(run: TritonRun, caller: Caller, builder: RepositoryBuilder) -> None:
+    before, loaded = run.triton_pid, caller.ready()
+    stubs = children(before)
+    kill(before)
+    wait_until(lambda: children(run.process.pid) not in ([], [before]) and caller_answers(caller) and caller.ready() == loaded)
+    assert all(is_right(caller, task) for task in PLANS)
+    assert not any(map(is_alive, stubs))
+    num_segments = len(builder.read_manifest(1).segments)
+    assert len(list(MEMORY.glob(f"{prefix_of(run)}-*"))) == num_segments
+
+
+def caller_answers(caller: Caller) -> bool:
+    try:
+        caller.ready()
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def test_what_another_controller_unloads_stays_so_and_what_it_loads_is_kept_alive(
+    run: TritonRun, caller: Caller, builder: RepositoryBuilder, trunk: str
+) -> None:
+    caller.unload("digits", "short")
+    caller.unload(trunk)
+    wait_until(lambda: trunk not in caller.ready())
+    said = run.said
+    # Long enough for several looks.
+    with pytest.raises(AssertionError, match="waited in vain"):
+        wait_until(lambda: bool({"digits", "short", trunk} & caller.ready()), timeout_seconds=1.0)
+    assert run.said == said
+    caller.load(trunk, "digits", "short")
+    kill(run.stub_pid(trunk))
+    wait_until(lambda: is_right(caller, "digits"))
+
+
+def test_a_second_one_at_the_same_ports_says_so_and_harms_nobody(
+    run: TritonRun, caller: Caller, builder: RepositoryBuilder
+) -> None:
+    result = server("triton", "run", "--repository", builder.root, "--environment", FOLDER, "--grpc", run.address)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == f"munet-server: grpc: found '{run.address}', expected an address to listen on that nobody else uses "
+        + ("([Errno 98] Address already in use)\n")
+    )
+    assert all(is_right(caller, task) for task in PLANS)
+
+
+def test_a_second_one_at_other_ports_serves_too(
+    run: TritonRun, caller: Caller, builder: RepositoryBuilder, tmp_path: pathlib.Path
+) -> None:
+    with (
+        TritonRun(builder.root, tmp_path / "output", "--no-load", "--log", str(tmp_path / "log")) as other,
+        Caller(other.address) as both,
+    ):
+        assert "Triton serving nothing yet" in other.said
+        assert both.ready() == set()
+        both.load(*(segment.name for segment in builder.read_manifest(1).segments), "digits")
+        assert is_right(both, "digits")
+        assert other.stop(signal.SIGINT) == 0
+    assert other.said.endswith("stopped; 0 restarts, 0 segments loaded again\n")
+    assert "successfully loaded 'digits'" in (tmp_path / "log").read_text()
+    assert all(is_right(caller, task) for task in PLANS)
+
+
+# What it refuses, told by Triton itself
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> RepositoryBuilder:
+    return RepositoryBuilder(tmp_path_factory.mktemp("changed"))
+
+
+@pytest.fixture(scope="module")
+def triton(changed: RepositoryBuilder) -> Iterator[TritonProcess]:
+    with TritonProcess(environment(), changed.root) as triton:
+        yield triton
+
+
+def break_segment(builder: RepositoryBuilder, number: int) -> str:
+    task = builder.read_manifest(number).tasks[0]
+    builder.replace_file(number, f"{task.route[-1]}/1/model.onnx", b"nonsense")
+    return f"model '{task.route[-1]}': found .*Protobuf parsing failed"
+
+
+def remove_segment(builder: RepositoryBuilder, number: int) -> str:
+    name = builder.read_manifest(number).tasks[0].route[-1]
+    (builder.root / name / "1" / "model.onnx").unlink()
+    return f"model '{name}': found .*doesn't exist"
+
+
+def alter_weights(builder: RepositoryBuilder, number: int) -> str:
+    task = builder.read_manifest(number).tasks[0]
+    other = RepositoryBuilder(builder.root / "other")
+    other.publish({"odd": TaskPlan((*DIGITS.route[:-1], "head:of another:10"), DIGITS.labels)})
+    head = other.read_manifest(1).tasks[0].route[-1]
+    builder.replace_file(number, f"{task.route[-1]}/1/model.onnx", (other.root / head / "1" / "model.onnx").read_bytes())
+    shutil.rmtree(other.root)
+    return f"task '{task.name}': golden answer: found a difference of .*, expected at most 0.0001"
+
+
+def break_alias(builder: RepositoryBuilder, number: int) -> str:
+    task = builder.read_manifest(number).tasks[0]
+    config = builder.root / task.name / "config.pbtxt"
+    config.write_text(config.read_text().replace(task.route[-1], "seg-000000000000"))
+    return f"model '{task.name}': found .*seg-000000000000"
+
+
+def remove_labels_of_alias(builder: RepositoryBuilder, number: int) -> str:
+    name = builder.read_manifest(number).tasks[0].name
+    (builder.root / name / "labels.txt").unlink()
+    return f"model '{name}': found .*labels.txt: No such file"
+
+
+@pytest.mark.parametrize("damage", [break_segment, remove_segment, alter_weights, break_alias, remove_labels_of_alias])
+def test_what_triton_cannot_load_is_named(
+    triton: TritonProcess, changed: RepositoryBuilder, damage: Callable[[RepositoryBuilder, int], str]
+) -> None:
+    name = damage.__name__.replace("_", "-")
+    # A head of its own for each, so that what one damages no other needs.
+    plan = TaskPlan((*SHORT.route[:-1], f"head:{name}:10"), DIGITS.labels)
+    number = changed.publish({name: plan})
+    if damage is remove_segment:
+        generation = read_generation(Repository(changed.root))
+        expected = damage(changed, number)
+    else:
+        expected = damage(changed, number)
+        generation = read_generation(Repository(changed.root))
+    with pytest.raises(GenerationRefusedError, match=f"(?s)generation {number} is refused: {expected}"):
+        Supervisor(triton, changed.root).load(generation, threading.Event())
+
+
+def test_a_generation_without_faults_loads_beside_them(triton: TritonProcess, changed: RepositoryBuilder) -> None:
+    changed.publish(PLANS)
+    generation = read_generation(Repository(changed.root))
+    Supervisor(triton, changed.root).load(generation, threading.Event())
+    with Caller(triton.addresses.grpc) as caller:
+        assert {*generation.segments, *ensembles_of(generation)} <= caller.ready()
+        assert all(is_right(caller, task) for task in PLANS)
+
+
+# What it refuses before it starts
+
+
+def lose_a_file(builder: RepositoryBuilder) -> str:
+    ensemble = builder.read_manifest(1).tasks[0].ensemble
+    (builder.root / ensemble / "labels.txt").unlink()
+    return f"files: '{ensemble}/labels.txt': found No such file"
+
+
+def break_an_ensemble(builder: RepositoryBuilder) -> str:
+    ensemble = builder.read_manifest(1).tasks[0].ensemble
+    builder.edit_config(1, ensemble, lambda config: config.ensemble_scheduling.step.pop())
+    return f"{ensemble}/config.pbtxt: output 'logits': found no step that gives it"
+
+
+def move_to_a_gpu(builder: RepositoryBuilder) -> str:
+    def move(config: Any) -> None:
+        config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
+
+    segment = builder.read_manifest(1).segments[0].name
+    builder.edit_config(1, segment, move)
+    return f"{segment}/config.pbtxt: instance_group: found KIND_GPU, expected KIND_CPU"
+
+
+@pytest.mark.parametrize("damage", [lose_a_file, break_an_ensemble, move_to_a_gpu])
+def test_faults_are_named_before_triton_starts(tmp_path: pathlib.Path, damage: Callable[[RepositoryBuilder], str]) -> None:
+    builder = RepositoryBuilder(tmp_path)
+    builder.publish({"short": SHORT})
+    expected = damage(builder)
+    with pytest.raises(GenerationRefusedError, match=re.escape(f"generation 1 is refused: {expected}")):
+        read_generation(Repository(tmp_path))
+
+
+def refuse(repository: pathlib.Path, *arguments: str | pathlib.Path) -> str:
+    result = server("triton", "run", "--repository", repository, *arguments)
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    return result.stderr
+
+
+def test_a_broken_segment_ends_it_with_status_2(tmp_path: pathlib.Path) -> None:
+    builder = RepositoryBuilder(tmp_path / "repository")
+    expected = break_segment(builder, builder.publish({"short": SHORT}))
+    log = tmp_path / "log"
+    said = refuse(builder.root, "--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
+    name = expected.split("'")[1]
+    assert said.startswith(f"munet-server: generation 1 is refused: model {name!r}: found ")
+    assert "Protobuf parsing failed., expected one that Triton loads; publish again" in said
+
+
+def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path) -> None:
+    builder = RepositoryBuilder(tmp_path / "repository")
+    builder.publish({"short": SHORT})
+    assert refuse(builder.root, "--environment", tmp_path / "nowhere") == (
+        f"munet-server: Triton's environment '{tmp_path}/nowhere': found no folder, expected the environment that Triton runs in; "
+        "run `make triton` in the checkout, or `munet-server triton install`\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("--no-load",)])
+def test_what_is_no_repository_is_refused(tmp_path: pathlib.Path, arguments: tuple[str, ...]) -> None:
+    assert "found a folder without the file CURRENT, expected a published generation" in refuse(tmp_path, *arguments)
+
+
+def test_what_is_no_address_is_refused(tmp_path: pathlib.Path) -> None:
+    assert refuse(tmp_path, "--http", "nowhere").startswith("munet-server: --http: found 'nowhere', expected HOST:PORT")
+
+
+# Shared memory
+
+
+def test_too_little_shared_memory_is_said_before_it_starts_and_a_full_one_fails_only_who_needs_more() -> None:
+    command = ["unshare", "--mount", sys.executable, "-m", "tests.server.triton.little_memory"]
+    if os.geteuid():
+        command[1:1] = ["--user", "--map-root-user"]
+    result = subprocess.run(command, cwd=TOP, env=variables(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,164 @@
+"""A real Triton for tests: the environment that `make triton` makes, `munet-server triton run` in a process, plain calls."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype
+
+from server.triton.environment import TritonEnvironment, find_environment
+from tests.support.processes import TOP
+from tests.support.processes import environment as variables
+
+FOLDER = TOP / ".triton"
+TIMEOUT_SECONDS = 60
+
+
+def environment() -> TritonEnvironment:
+    return find_environment(FOLDER)
+
+
+class TritonRun:
+    """munet-server triton run on free ports; leaving the block stops it with SIGTERM.
+
+    Attributes:
+        address: of KServe v2 over gRPC.
+        output: the file of what it says.
+        status: exit status, after the block.
+    """
+
+    def __init__(self, repository: pathlib.Path, output: pathlib.Path, *arguments: str) -> None:
+        command = [
+            *(sys.executable, "-m", "server.cli", "triton", "run", "--repository", str(repository), "--environment", str(FOLDER)),
+            *("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *arguments),
+        ]
+        self.output = output
+        with output.open("wb") as stream:
+            self.process = subprocess.Popen(command, env=variables(), stdout=stream, stderr=subprocess.STDOUT)
+        self.status: int | None = None
+        try:
+            wait_until(lambda: "Triton serving" in self.said or self.process.poll() is not None)
+            found = re.search(r"at (\S+), HTTP (\S+?),", self.said)
+            assert found is not None, self.said
+        except BaseException:
+            self.process.kill()
+            raise
+        self.address = found[1]
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def log(self) -> pathlib.Path:
+        return pathlib.Path(self.said.partition("log ")[2].split()[0])
+
+    @property
+    def triton_pid(self) -> int:
+        (pid,) = children(self.process.pid)
+        return pid
+
+    def stub_pid(self, segment: str) -> int:
+        """Of the process that runs a segment."""
+        (pid,) = [pid for pid in children(self.triton_pid) if segment in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+        return pid
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        self.status = self.process.wait(timeout=TIMEOUT_SECONDS)
+        return self.status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if self.process.poll() is None:
+                self.stop()
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+class Caller:
+    """Plain calls of KServe v2 over gRPC."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, [("grpc.max_reconnect_backoff_ms", 100)])
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def load(self, *models: str) -> None:
+        for model in models:
+            self.stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name=model), timeout=TIMEOUT_SECONDS)
+
+    def unload(self, *models: str) -> None:
+        for model in models:
+            self.stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name=model), timeout=TIMEOUT_SECONDS)
+
+    def ready(self) -> set[str]:
+        return {model.name for model in self.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True)).models}
+
+    def executions(self, model: str) -> int:
+        return int(self.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name=model)).model_stats[0].execution_count)
+
+    def infer(self, model: str, tensor: np.ndarray, name: str = "image") -> dict[str, np.ndarray]:
+        return read_response(self.stub.ModelInfer(make_request(model, tensor, name), timeout=TIMEOUT_SECONDS))
+
+
+def make_request(model: str, tensor: np.ndarray, name: str = "image") -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[tensor.tobytes()])
+    request.inputs.add(name=name, datatype=np_to_triton_dtype(tensor.dtype), shape=tensor.shape)
+    return request
+
+
+def read_response(response: service_pb2.ModelInferResponse) -> dict[str, np.ndarray]:
+    types = {"FP32": np.float32, "FP16": np.float16}
+    return {
+        output.name: np.frombuffer(content, types[output.datatype]).reshape(list(output.shape))
+        for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process started, those that ended aside."""
+    found = [
+        int(child) for task in pathlib.Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return [child for child in found if is_alive(child)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid))
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
