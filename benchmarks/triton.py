@@ -186,25 +186,27 @@ def load_embedded(repository: pathlib.Path) -> float:
     return seconds
 
 
-def time_embedded(repository: pathlib.Path, seconds: float) -> list[float]:
-    """Returns the seconds of calls for one task, tasks in turn, within the engine's own process, for so many seconds."""
-    generation = Repository(repository).read()
-    size = next(iter(generation.tasks.values())).image_size
+def time_embedded(repositories: Sequence[pathlib.Path], seconds: float) -> list[float]:
+    """Returns p50 seconds of one task, tasks in turn, within the engine's own process, layouts in turn for so many seconds each."""
+    generations = [Repository(repository).read() for repository in repositories]
+    size = next(iter(generations[0].tasks.values())).image_size
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
     engine = EmbeddedEngine(EngineSettings())
-    engine.load(generation)
-    for task in generation.tasks:
-        engine.answer(Question(generation, image, (task,))).result()
-    taken = []
-    end = time.perf_counter() + seconds
-    for task in itertools.cycle(generation.tasks):
-        started = time.perf_counter()
-        if started > end:
+    for generation in generations:
+        engine.load(generation)
+    taken: list[list[float]] = [[] for _ in generations]
+    end = time.perf_counter() + seconds * len(generations)
+    for number, task in enumerate(itertools.cycle(generations[0].tasks)):
+        for generation, each in zip(generations, taken, strict=True):
+            started = time.perf_counter()
+            engine.answer(Question(generation, image, (task,))).result()
+            # Each task's first time warms it up.
+            if number >= len(generation.tasks):
+                each.append(time.perf_counter() - started)
+        if time.perf_counter() > end and taken[-1]:
             break
-        engine.answer(Question(generation, image, (task,))).result()
-        taken.append(time.perf_counter() - started)
     engine.close()
-    return taken
+    return [statistics.median(each) for each in taken]
 
 
 # Servers
@@ -221,7 +223,8 @@ class Serving:
     Attributes:
         engine: embedded or triton.
         layout: what it serves.
-        generation: the same, read.
+        address: where.
+        generation: what it serves, read.
         processes: its process ids.
         load_seconds: of all segments.
         client: gives the function that asks it, for as long as an event loop runs.
@@ -229,6 +232,7 @@ class Serving:
 
     engine: str
     layout: Layout
+    address: str
     generation: Generation
     processes: Callable[[], list[int]]
     load_seconds: float
@@ -260,7 +264,7 @@ def embedded(layout: Layout) -> Iterator[Serving]:
                 yield ask
 
         generation = Repository(layout.repository).read()
-        yield Serving("embedded", layout, generation, lambda: [server.process_id], load_seconds, client)
+        yield Serving("embedded", layout, server.address, generation, lambda: [server.process_id], load_seconds, client)
 
 
 @contextlib.contextmanager
@@ -277,14 +281,16 @@ def triton(layout: Layout) -> Iterator[Serving]:
             for name in (*(task.ensemble for task in generation.tasks.values()), *generation.ensembles.values()):
                 stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name=name))
 
-        client = functools.partial(triton_client, process.addresses.grpc, generation, ask_ensembles)
-        yield Serving("triton", layout, generation, lambda: [process.pid, *descendants(process.pid)], load_seconds, client)
+        address = process.addresses.grpc
+        client = functools.partial(triton_client, address, generation, ask_ensembles)
+        yield Serving(
+            "triton", layout, address, generation, lambda: [process.pid, *descendants(process.pid)], load_seconds, client
+        )
 
 
 def without_ensembles(serving: Serving, layout: Layout) -> Serving:
     """Returns the same Triton with one model for each task as somebody without ensembles would ask it."""
-    address = serving.client.args[0]  # type: ignore[attr-defined]
-    client = functools.partial(triton_client, address, serving.generation, ask_models)
+    client = functools.partial(triton_client, serving.address, serving.generation, ask_models)
     return dataclasses.replace(serving, layout=layout, client=client)
 
 
@@ -464,12 +470,10 @@ def routes_of(layout: Layout) -> dict[str, tuple[str, ...]]:
 
 def time_pieces(layouts: Sequence[Layout], effort: Effort) -> list[tuple[float, float]]:
     """Returns pieces a route and p50 seconds within the embedded engine's process, one image and task at a time."""
-    taken: dict[str, list[float]] = {}
-    for _ in range(effort.repetitions):
-        for layout in layouts:
-            taken.setdefault(layout.name, []).extend(in_fresh_process(time_embedded, layout.repository, effort.seconds))
-    lengths = {layout.name: statistics.mean(map(len, routes_of(layout).values())) for layout in layouts}
-    return [(lengths[name], statistics.median(each)) for name, each in taken.items()]
+    lengths = [statistics.mean(map(len, routes_of(layout).values())) for layout in layouts]
+    repositories = [layout.repository for layout in layouts]
+    seconds = in_fresh_process(time_embedded, repositories, effort.repetitions * effort.seconds)
+    return list(zip(lengths, seconds, strict=True))
 
 
 def describe(serving: Serving) -> dict[str, Any]:
