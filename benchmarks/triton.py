@@ -66,7 +66,7 @@ class Effort:
 
     Attributes:
         repetitions: of each load on each server, in turns.
-        seconds: of one.
+        seconds: of one, for a small model.
         at_a_time: requests that a load of one task has open.
         several_at_a_time: the same of one of several tasks.
     """
@@ -91,6 +91,7 @@ class System:
         own_blocks: blocks of its own of the first, second, ... task, then from the start again.
         tasks_per_image: that coarse segments are chosen for.
         several: tasks of a request for several.
+        slowness: how many times longer a load takes than of a small model.
     """
 
     architecture: str
@@ -98,6 +99,7 @@ class System:
     own_blocks: tuple[tuple[int, ...], ...]
     tasks_per_image: int
     several: int
+    slowness: float = 1.0
 
     @property
     def blocks_by_task(self) -> dict[str, tuple[int, ...]]:
@@ -108,7 +110,7 @@ class System:
 SYSTEMS = {
     "T4": System("CHARACTERS", 4, ((), (1,), (2,)), tasks_per_image=1, several=4),
     "T50": System("CHARACTERS", 50, ((), (1,), (2,)), tasks_per_image=1, several=4),
-    "L4": System("TINY", 4, ((10, 11),), tasks_per_image=4, several=4),
+    "L4": System("TINY", 4, ((10, 11),), tasks_per_image=4, several=4, slowness=2.0),
 }
 SMOKE_SYSTEMS = {"T4": System("SMOKE", 2, ((), (2,)), tasks_per_image=1, several=2)}
 
@@ -427,7 +429,7 @@ async def put_loads(servings: Sequence[Serving], system: System, effort: Effort)
             order = list(zip(asks, loads, strict=True))
             for kind in kinds:
                 for ask, each in order[::-1] if repetition % 2 else order:
-                    await put_load(ask, image, requests_of(tasks, kind[0]), kind[1], effort.seconds, each[kind])
+                    await put_load(ask, image, requests_of(tasks, kind[0]), kind[1], effort.seconds * system.slowness, each[kind])
     return loads
 
 
@@ -454,7 +456,9 @@ def measure(name: str, system: System, effort: Effort, folder: pathlib.Path, rep
         p50[serving.engine, serving.layout.name] = {kind: statistics.median(load.latencies) for kind, load in each.items()}
     asked_by_ensemble = [serving for serving in servings if serving.engine == "triton" and serving.layout.name != WHOLE]
     hops = {"triton": [(serving.pieces_per_route, p50["triton", serving.layout.name][1, 1]) for serving in asked_by_ensemble]}
-    hops["embedded"] = time_pieces([layouts[SHARED], layouts[EMBEDDED_COARSE], layouts[WHOLE]], effort)
+    hops["embedded"] = time_pieces(
+        [layouts[SHARED], layouts[EMBEDDED_COARSE], layouts[WHOLE]], effort.repetitions * effort.seconds * system.slowness
+    )
     for engine, points in hops.items():
         report.line(figure=name, engine=engine, **describe_hops(points))
     kind = (min(system.tasks_per_image, system.tasks), 1)
@@ -468,12 +472,11 @@ def routes_of(layout: Layout) -> dict[str, tuple[str, ...]]:
     return {name: task.route for name, task in Repository(layout.repository).read().tasks.items()}
 
 
-def time_pieces(layouts: Sequence[Layout], effort: Effort) -> list[tuple[float, float]]:
-    """Returns pieces a route and p50 seconds within the embedded engine's process, one image and task at a time."""
+def time_pieces(layouts: Sequence[Layout], seconds: float) -> list[tuple[float, float]]:
+    """Returns pieces a route and p50 seconds within the embedded engine's process, one image and task at a time; see `time_embedded`."""
     lengths = [statistics.mean(map(len, routes_of(layout).values())) for layout in layouts]
     repositories = [layout.repository for layout in layouts]
-    seconds = in_fresh_process(time_embedded, repositories, effort.repetitions * effort.seconds)
-    return list(zip(lengths, seconds, strict=True))
+    return list(zip(lengths, in_fresh_process(time_embedded, repositories, seconds), strict=True))
 
 
 def describe(serving: Serving) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class EngineCosts:
 
 
 ENGINE_COSTS: Mapping[Engine, EngineCosts] = {
-    "embedded": EngineCosts(0.1e-3, 0.0, 6e10, 2 * _MIB),
+    "embedded": EngineCosts(0.1e-3, 0.0, 6e10, _MIB),
     "triton": EngineCosts(1.0e-3, 1.25e-9, 6e10, 27 * _MIB),
 }
 """By `make bench-triton`, see benchmarks/results/triton_2-cpus-amd-epyc_2026-11.md."""
