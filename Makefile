@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo triton test check bench-serve bench-search bench-characters bench-kills bench-early-stop bench-train format proto clean
+.PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: $(READY) ## Format, lint, types, import contracts, generated code
 
 bench-serve: $(READY) ## Measure S1, S4 and S5: routes in pieces beside whole models (8 minutes)
 	@$(BIN)/python -m benchmarks.serve --results benchmarks/results
+
+bench-triton: $(READY) triton ## Measure which engine when: embedded, Triton with shared and coarse segments, one model a task (10 minutes)
+	@$(BIN)/python -m benchmarks.triton --results benchmarks/results
 
 bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training, in bytes and seconds (5 minutes)
 	@$(BIN)/python -m benchmarks.search --results benchmarks/results

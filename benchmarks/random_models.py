@@ -50,6 +50,7 @@ class Architecture:
 
 
 SMALL = Architecture("ViT-S/16 at 224 px", 384, 6, 12, 16, 224)
+CHARACTERS = Architecture("the bundled root: ViT-Ti/16, 3 blocks, 32 px", 192, 3, 3, 16, 32)
 TINY = Architecture("ViT-Ti/16 at 224 px", 192, 3, 12, 16, 224)
 SMOKE = Architecture("smoke: width 16, 3 blocks, 16 px", 16, 2, 3, 8, 16)
 
@@ -72,10 +73,24 @@ class Published:
 
 
 def publish(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, Sequence[int]]) -> Published:
-    """Builds a system of random weights and exports it with the real exporter.
+    """Builds a system of random weights and exports it with the real exporter; see `build` for what it takes."""
+    system = build(folder, architecture, tasks)
+    export_system(system, folder / "repository")
+    (folder / "whole").mkdir(parents=True)
+    paths = {name: system.path(record.path_id) for name, record in system.tasks().items()}
+    whole = {}
+    for name, path in paths.items():
+        whole[name] = folder / "whole" / f"{name}.onnx"
+        segment = segment_of(units_of(path), ExportSettings())
+        whole[name].write_bytes(export_segment(segment, system.tensors, ExportSettings()))
+    return Published(folder / "repository", whole, _shared_share(list(paths.values())), architecture.image_size)
+
+
+def build(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, Sequence[int]]) -> System:
+    """Builds a system of random weights.
 
     Args:
-        folder: for everything; made here.
+        folder: for everything; made here, the system within it.
         architecture: of the root.
         tasks: for each task, the blocks of its own; final norm and head are always its own, all else is the root's.
     """
@@ -91,15 +106,7 @@ def publish(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str
     system = System.create(folder / "system", decompose(root, architecture.image_size), architecture.image_size)
     for order, (name, own_blocks) in enumerate(tasks.items()):
         _add_task(system, name, order, {block_position(block) for block in own_blocks} | {NORM})
-    export_system(system, folder / "repository")
-    (folder / "whole").mkdir(parents=True)
-    paths = {name: system.path(record.path_id) for name, record in system.tasks().items()}
-    whole = {}
-    for name, path in paths.items():
-        whole[name] = folder / "whole" / f"{name}.onnx"
-        segment = segment_of(units_of(path), ExportSettings())
-        whole[name].write_bytes(export_segment(segment, system.tensors, ExportSettings()))
-    return Published(folder / "repository", whole, _shared_share(list(paths.values())), architecture.image_size)
+    return system
 
 
 def _add_task(system: System, name: str, order: int, own: set[Position]) -> None:

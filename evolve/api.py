@@ -21,6 +21,7 @@ from evolve.closing import ActiveTask
 from evolve.config import Experiment, RootSettings, TrainingSettings, load_settings
 from evolve.data.task import TaskData
 from evolve.errors import DataError, SettingsError, SystemFolderError
+from evolve.export.coarsening import Coarseness
 from evolve.export.settings import Precision, Target
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED, LayerKind
@@ -337,6 +338,7 @@ def publish(
     *,
     target: Target = "cpu",
     precision: Precision = "float32",
+    coarseness: Coarseness | None = None,
     response_cache: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> PublishResult:
@@ -347,6 +349,8 @@ def publish(
         repository: its folder, made if missing.
         target: where Triton is to run it.
         precision: of the weights and hidden states that are published.
+        coarseness: what coarse segments are chosen by, such as `Coarseness(ENGINE_COSTS["triton"])` of evolve.export.coarsening; without
+            it, segments are as long as sharing allows.
         response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
         progress: takes a sentence about each step.
 
@@ -356,8 +360,15 @@ def publish(
     """
     from evolve.export.publish import export_system
 
-    folder = pathlib.Path(repository)
-    return export_system(system, folder, target=target, precision=precision, response_cache=response_cache, progress=progress)
+    return export_system(
+        system,
+        pathlib.Path(repository),
+        target=target,
+        precision=precision,
+        coarseness=coarseness,
+        response_cache=response_cache,
+        progress=progress,
+    )
 
 
 def remove_task(system: System, task: str) -> None:

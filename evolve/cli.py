@@ -14,9 +14,9 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import rich.console
 import rich.table
@@ -28,6 +28,8 @@ from evolve.collecting import Collection, Kind, collect
 from evolve.config import Experiment, load_settings
 from evolve.data.task import TaskData
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
+from evolve.export.coarsening import ENGINE_COSTS, Coarseness
+from evolve.export.settings import Precision, Target
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
@@ -52,6 +54,19 @@ app = typer.Typer(
 SystemFolder = Annotated[pathlib.Path, typer.Option("--system", metavar="DIR", help="Folder of the system.")]
 Repository = Annotated[pathlib.Path, typer.Option("--repository", metavar="DIR", help="Model repository to publish to.")]
 PrecisionOption = Annotated[str, typer.Option(help="float32 or float16: of the weights and hidden states that are published.")]
+SegmentsOption = Annotated[
+    str,
+    typer.Option(
+        help="shared, embedded or triton: segments as long as sharing allows, or coarser ones, where handing an image on costs this "
+        "engine more than sharing saves."
+    ),
+]
+TasksPerImageOption = Annotated[
+    int, typer.Option(min=1, help="With coarse segments: how many tasks a request asks about one image, usually.")
+]
+MemoryFactorOption = Annotated[
+    float, typer.Option(min=1, help="With coarse segments: most memory of all pieces, times that of the shared segments.")
+]
 ExperimentFile = Annotated[
     pathlib.Path, typer.Argument(metavar="EXPERIMENT.toml", help="Settings: root, tasks, search, training.")
 ]
@@ -73,6 +88,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = "float32",
+    segments: SegmentsOption = "shared",
+    tasks_per_image: TasksPerImageOption = 1,
+    memory_factor: MemoryFactorOption = 2.0,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start unfinished rounds over; their journals are kept in journal/removed.")
     ] = False,
@@ -89,7 +107,7 @@ def run(
 
     The same command goes on where an earlier one was stopped, and after a task was added; what is finished is not done again.
     """
-    checked = _check_precision(precision)
+    form = _Form.of("cpu", precision, segments, tasks_per_image, memory_factor)
     if restart and recover:
         raise SettingsError("found --restart and --recover", "one of them")
     settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device)
@@ -100,7 +118,7 @@ def run(
 
     def publish(_task: str = "") -> None:
         if repository is not None:
-            console.print(_export(prepared.system, repository, "cpu", checked, console), highlight=False, soft_wrap=True)
+            console.print(_export(prepared.system, repository, form, console), highlight=False, soft_wrap=True)
 
     def tell_aside(name: str, file: pathlib.Path) -> None:
         does = "starts over" if restart else "goes on from what is whole"
@@ -311,18 +329,17 @@ def export(
     repository: Repository = pathlib.Path("model_repository"),
     target: Annotated[str, typer.Option(help="cpu or gpu: where Triton is to run the segments.")] = "cpu",
     precision: PrecisionOption = "float32",
+    segments: SegmentsOption = "shared",
+    tasks_per_image: TasksPerImageOption = 1,
+    memory_factor: MemoryFactorOption = 2.0,
     response_cache: Annotated[
         bool,
         typer.Option("--response-cache", help="Let a Triton that has a cache keep what the segments answer that take the image."),
     ] = False,
 ) -> None:
     """Publish every task's current path to a model repository, as a new generation."""
-    if target not in ("cpu", "gpu"):
-        raise SettingsError(f"found target {target!r}", "cpu or gpu")
-    checked = _check_precision(precision)
-    console = rich.console.Console()
-    kind: Literal["cpu", "gpu"] = "gpu" if target == "gpu" else "cpu"
-    typer.echo(_export(System.open(system), repository, kind, checked, console, response_cache))
+    form = _Form.of(target, precision, segments, tasks_per_image, memory_factor, response_cache=response_cache)
+    typer.echo(_export(System.open(system), repository, form, rich.console.Console()))
 
 
 def main() -> None:
@@ -407,30 +424,70 @@ def _write_scalars(folder: pathlib.Path) -> TensorBoardObserver:
     return TensorBoardObserver(folder)
 
 
-def _check_precision(precision: str) -> Literal["float32", "float16"]:
-    if precision == "float32":
-        return "float32"
-    if precision == "float16":
-        return "float16"
-    raise SettingsError(f"found precision {precision!r}", "float32 or float16")
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How something is published."""
+
+    target: Target
+    precision: Precision
+    coarseness: Coarseness | None
+    response_cache: bool
+
+    @staticmethod
+    def of(
+        target: str, precision: str, segments: str, tasks_per_image: int, memory_factor: float, *, response_cache: bool = False
+    ) -> _Form:
+        """Checks what was asked for.
+
+        Raises:
+            SettingsError: it is not to be had.
+        """
+        coarseness = None
+        if segments != "shared":
+            costs = next((costs for engine, costs in ENGINE_COSTS.items() if engine == segments), None)
+            if costs is None:
+                raise SettingsError(f"found segments {segments!r}", f"shared, {' or '.join(ENGINE_COSTS)}")
+            if target == "gpu":
+                advice = "leave --segments out; or measure, and call evolve.publish with costs of your own"
+                raise SettingsError(f"found segments {segments!r} for a GPU", "costs, which were measured on CPUs alone", advice)
+            coarseness = Coarseness(costs, tasks_per_image, memory_factor)
+        return _Form(
+            _one_of("target", target, get_args(Target)),
+            _one_of("precision", precision, get_args(Precision)),
+            coarseness,
+            response_cache,
+        )
+
+
+def _one_of(name: str, value: str, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise SettingsError(f"found {name} {value!r}", " or ".join(allowed))
+    return value
 
 
 def _export(
     system: System,
     repository: pathlib.Path,
-    target: Literal["cpu", "gpu"],
-    precision: Literal["float32", "float16"],
+    form: _Form,
     console: rich.console.Console,
-    response_cache: bool = False,
 ) -> str:
     """Publishes, telling what is under way, and returns what was done in words."""
     with publishing(console, repository) as tell:
-        result = api.publish(system, repository, target=target, precision=precision, response_cache=response_cache, progress=tell)
+        result = api.publish(
+            system,
+            repository,
+            target=form.target,
+            precision=form.precision,
+            coarseness=form.coarseness,
+            response_cache=form.response_cache,
+            progress=tell,
+        )
+    choice = "" if result.choice is None else f"\n{repository}: {result.choice}"
     if not result.changed:
-        return f"{repository}: generation {result.generation} is up to date"
+        return f"{repository}: generation {result.generation} is up to date{choice}"
     return (
         f"{repository}: published generation {result.generation}, {_counted(len(result.new_segments), 'new segment')}, "
-        f"{len(result.reused_segments)} as before, {result.seconds:.1f} s"
+        f"{len(result.reused_segments)} as before, {result.seconds:.1f} s{choice}"
     )
 
 

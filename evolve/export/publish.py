@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from evolve.errors import ExportError
+from evolve.export.coarsening import Choice, Coarseness, coarsen
 from evolve.export.magnitudes import MOST_IN_FLOAT16, greatest_magnitude
 from evolve.export.onnx import export_segment
 from evolve.export.parity import NUM_TOP1_IMAGES, Routes, varied
@@ -58,6 +59,7 @@ class PublishResult:
         reused_segments: names of those that were there already.
         seconds: wall time.
         changed: whether there is a new generation; without any difference to the current one there is none.
+        choice: which cuts were left out and what for; none if nobody asked for coarse segments.
     """
 
     generation: int
@@ -65,6 +67,7 @@ class PublishResult:
     reused_segments: tuple[str, ...]
     seconds: float
     changed: bool
+    choice: Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,7 @@ def export_system(
     *,
     target: Target = "cpu",
     precision: Precision = "float32",
+    coarseness: Coarseness | None = None,
     response_cache: bool = False,
     num_top1_images: int = NUM_TOP1_IMAGES,
     progress: Tell | None = None,
@@ -102,6 +106,7 @@ def export_system(
         repository: the model repository; made if missing.
         target: where Triton is to run it.
         precision: of weights and hidden states.
+        coarseness: what coarse segments are chosen by; without it, segments are as long as sharing allows.
         response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
         num_top1_images: images on which the best classes of a new float16 route are compared with torch's.
         progress: takes a sentence about each step.
@@ -118,7 +123,7 @@ def export_system(
         # What the records name stays until it is published, whoever collects garbage meanwhile.
         with system.locks.reading(), open_for_publishing(repository, system.id, tell) as opened:
             try:
-                result = _Publisher(system, opened, settings, num_top1_images, tell).publish()
+                result = _Publisher(system, opened, settings, coarseness, num_top1_images, tell).publish()
             finally:
                 # What a failure left behind goes at once; what was published before stays.
                 opened.collect()
@@ -134,11 +139,18 @@ class _Publisher:
     """One publication, from the system's records to CURRENT."""
 
     def __init__(
-        self, system: System, repository: Repository, settings: ExportSettings, num_top1_images: int, tell: Tell
+        self,
+        system: System,
+        repository: Repository,
+        settings: ExportSettings,
+        coarseness: Coarseness | None,
+        num_top1_images: int,
+        tell: Tell,
     ) -> None:
         self._system = system
         self._repository = repository
         self._settings = settings
+        self._coarseness = coarseness
         self._num_top1_images = num_top1_images
         self._tell = tell
         self._files: dict[str, generation_pb2.File] = {}
@@ -148,8 +160,7 @@ class _Publisher:
         tasks = self._current_tasks()
         for name in tasks:
             self._repository.check_alias(name)
-        cuts = published_cuts(self._repository.generations.values())
-        segmentation = find_segments({name: task.path for name, task in tasks.items()}, cuts, self._settings)
+        segmentation, choice = self._segmentation(tasks)
         golden = {size: self._put_golden_images(of_size) for size, of_size in _by_size(tasks.values()).items()}
         # Before any export, so that torch is asked alone.
         messages = {name: self._task(task, segmentation, golden[task.image_size]) for name, task in tasks.items()}
@@ -174,6 +185,7 @@ class _Publisher:
             reused_segments=tuple(name for name in segmentation.segments if name not in new),
             seconds=0.0,
             changed=changed,
+            choice=choice,
         )
 
     def _current_tasks(self) -> dict[str, _Current]:
@@ -194,6 +206,14 @@ class _Publisher:
                     f"found example images {list(task.images.shape)} of task {name!r}", f"one or more of [{size}, {size}, 3]"
                 )
         return tasks
+
+    def _segmentation(self, tasks: Mapping[str, _Current]) -> tuple[Segmentation, Choice | None]:
+        cuts = published_cuts(self._repository.generations.values())
+        shared = find_segments({name: task.path for name, task in tasks.items()}, cuts, self._settings)
+        if self._coarseness is None:
+            return shared, None
+        sizes = {name: task.image_size for name, task in tasks.items()}
+        return coarsen(shared, sizes, self._repository.current_generation, self._coarseness, self._settings)
 
     def _put_golden_images(self, tasks: Iterable[_Current]) -> tuple[str, Pixels]:
         """Writes some images of the oldest of these tasks, which stay the same when others come, and returns their file and them."""

@@ -132,6 +132,28 @@ def test_a_ratio_is_taken_within_each_repetition():
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_triton(tmp_path):
+    lines = smoke("triton", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"T4"}
+    assert 0 < figures["T4"]["value"] < math.inf
+    servers = {(line["engine"], line["layout"]): line for line in lines[:-1] if "layout" in line}
+    assert servers.keys() >= {("embedded", "shared"), ("triton", "shared"), ("triton", "one model per task")}
+    # Two tasks, one of them with its own last block: stem and two blocks, two last blocks, two heads.
+    assert {name: line["segments"] for name, line in servers.items() if name[1] == "shared"} == {
+        ("embedded", "shared"): 5,
+        ("triton", "shared"): 5,
+    }
+    assert servers["triton", "one model per task"]["pieces_per_route"] == 1
+    for line in servers.values():
+        assert 0 < line["pss_mib"] <= line["rss_mib"]
+        for load in line["loads"]:
+            assert 0 < load["p50_ms"] <= load["p99_ms"]
+            assert load["per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_early_stop(tmp_path):
     lines = smoke("early_stop", tmp_path)
     figures = figures_of(lines)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from evolve import cli
+from evolve.export.coarsening import ENGINE_COSTS, Choice, Coarseness, Outcome
 from evolve.export.publish import PublishResult
 from evolve.interruption import Interrupted
 from evolve.root import save_root
@@ -417,6 +418,39 @@ def test_the_precision_reaches_the_export(folder, monkeypatch, capsys):
     evolved = ("--system", folder / "system", "--repository", folder / "repository")
     assert _main(monkeypatch, "run", file, *evolved, "--precision", "float16") == 0
     assert told == [("cpu", "float32"), ("gpu", "float16"), ("cpu", "float16")]
+
+
+@pytest.mark.parametrize("command", ["run", "export"])
+def test_segments_that_are_none_are_refused_before_anything_is_read(folder, monkeypatch, capsys, command):
+    what = [folder / "none.toml"] if command == "run" else []
+    assert _main(monkeypatch, command, *what, "--system", folder / "system", "--segments", "long") == 2
+    assert "found segments 'long'; expected shared, embedded or triton" in capsys.readouterr().err
+    assert not (folder / "system").exists()
+
+
+def test_coarse_segments_for_a_gpu_are_refused(folder, monkeypatch, capsys):
+    assert _main(monkeypatch, "export", "--system", folder / "system", "--segments", "triton", "--target", "gpu") == 2
+    assert "found segments 'triton' for a GPU; expected costs, which were measured on CPUs alone" in capsys.readouterr().err
+
+
+def test_what_coarse_segments_are_chosen_by_reaches_the_export_and_the_choice_is_said(folder, monkeypatch, capsys):
+    told = []
+
+    def export_system(system, repository, **settings):
+        told.append(settings["coarseness"])
+        outcome = Outcome(seconds=1e-3, num_hops=2, num_pieces=2, num_bytes=100)
+        choice = None if told[-1] is None else Choice({}, outcome, outcome)
+        return PublishResult(generation=1, new_segments=(), reused_segments=(), seconds=0.0, changed=True, choice=choice)
+
+    monkeypatch.setattr("evolve.export.publish.export_system", export_system)
+    build_system(folder / "small", {"plain": SKETCHES["plain"]})
+    where = ("--system", folder / "small", "--repository", folder / "repository")
+    assert _main(monkeypatch, "export", *where) == 0
+    assert "shared segments" not in capsys.readouterr().out
+    options = ("--segments", "embedded", "--tasks-per-image", "3", "--memory-factor", "1.5")
+    assert _main(monkeypatch, "export", *where, *options) == 0
+    assert "shared segments, as coarser ones gain too little: 1.00 ms" in capsys.readouterr().out
+    assert told == [None, Coarseness(ENGINE_COSTS["embedded"], tasks_per_image=3, memory_factor=1.5)]
 
 
 @pytest.mark.parametrize(
