@@ -489,8 +489,10 @@ class TritonEngine:
         held = {one.generation for one in self._fleet.held()}
         segments = {name for generation in held for name in generation.segments}
         self._requested = {name: rows for name, rows in self._requested.items() if name in segments}
+        models = self._fleet.needed()
         for member in self._fleet.members:
             member.holds &= held
+            member.proven = {name: seconds for name, seconds in member.proven.items() if name in models}
             member.counters.keep(segments)
 
     def _read_counters(self, member: Member) -> None:

@@ -265,43 +265,57 @@ class Upkeep:
     def _repair(self) -> None:
         member = self._member
         with self._fleet.lock:
-            life, faults = member.life, dict(member.faults)
+            life, faults = member.life, sorted(member.faults)
             held = {model: one for one in self._fleet.held() if one.generation in member.holds for model in one.models}
         try:
             with member.changing:
-                for model in faults:
-                    if model in held:
-                        self._repair_model(held[model], model)
-                ready = self._endpoint.models(ready=True)
-                for model in sorted(held.keys() - ready):
+                # Segments first: what runs through them cannot answer before they do.
+                order = sorted(faults, key=lambda model: not model.startswith("seg-"))
+                mended = [model for model in order if model not in held or self._repair_model(held[model], model, life)]
+                for model in sorted(held.keys() - self._endpoint.models(ready=True)):
                     self._endpoint.load(model, self._settings.load_timeout_seconds)
-                self._fleet.mend(member, faults)
-        except EndpointSilentError as error:
-            # If all of it says nothing, who watches will notice.
-            self._num_failures += 1
-            _log.warning("still wrong: %s", error)
+                self._fleet.mend(member, mended)
         except EndpointGoneError as error:
             self._num_failures = 0
             self._lose(error, life)
-        except EndpointError as error:
-            self._num_failures += 1
-            _log.warning("still wrong: %s", error)
-        else:
-            self._num_failures = 0
-            self._on_change()
-
-    def _repair_model(self, held: HeldGeneration, model: str) -> None:
-        """Loads a model anew unless it answers by now, and has it answer."""
-        plan = held.plan_through(model)
-        with contextlib.suppress(EndpointError):
-            self._probe(held, plan)
             return
-        if model.startswith("seg-"):
-            # Its process may be dead while Triton says that it is ready: only a new one helps.
-            self._endpoint.unload(model)
-        self._endpoint.load(model, self._settings.load_timeout_seconds)
-        self._endpoint.load(plan.ensemble, self._settings.load_timeout_seconds)
-        self._probe(held, plan)
+        except EndpointError as error:
+            _log.warning("still wrong: %s", error)
+        self._num_failures = self._num_failures + 1 if member.faults else 0
+        self._on_change()
+
+    def _repair_model(self, held: HeldGeneration, model: str, life: int) -> bool:
+        """Loads a model anew unless it answers by now, and has it answer. Returns whether it does."""
+        plan = held.plan_through(model)
+        segment = held.generation.segments.get(model)
+
+        def try_it() -> None:
+            if segment is not None:
+                ask_segment(self._endpoint, self._member.counters, segment, self._settings.probe_timeout_seconds)
+            else:
+                self._probe(held, plan)
+
+        with contextlib.suppress(EndpointError):
+            try_it()
+            return True
+        try:
+            if segment is not None:
+                # Its process may be dead while Triton says that it is ready: only a new one helps.
+                self._endpoint.unload(model)
+            self._endpoint.load(model, self._settings.load_timeout_seconds)
+            try_it()
+        except EndpointSilentError as error:
+            # If all of it says nothing, who watches will notice.
+            _log.warning("still wrong: %s", error)
+            return False
+        except EndpointGoneError:
+            raise
+        except EndpointError as error:
+            # It may have found another one that is to be mended first.
+            self._fleet.blame(self._member, error, plan, life)
+            _log.warning("still wrong: %s", error)
+            return False
+        return True
 
     def _tidy(self) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from server.embedded.engine import EmbeddedEngine
 from server.engine import Question
-from server.errors import GenerationRefusedError, RepositoryError, UnavailableError
+from server.errors import GenerationRefusedError, NoEndpointError, RepositoryError, UnavailableError
 from server.generation import Generation
 from server.reload import ReloadAttempt, Reloader
 from server.repository import Repository
@@ -195,6 +196,40 @@ def test_a_bad_generation_is_tried_again_when_something_changes_and_not_before(
         watch.cancel()
 
     assert run(builder, engine, test).attempts[-1].error == ""
+
+
+class LateEngine(EmbeddedEngine):
+    """Cannot load a second generation for a while, through no fault of the generation."""
+
+    num_refusals = 0
+
+    def load(self, generation: Generation) -> None:
+        if generation.number == 2 and self.num_refusals < 3:
+            self.num_refusals += 1
+            raise NoEndpointError(["digits"], ["127.0.0.1:8001 is down"])
+        super().load(generation)
+
+
+def test_where_the_engine_may_be_to_blame_a_generation_is_tried_again_after_a_while(builder: RepositoryBuilder) -> None:
+    engine = LateEngine(ENGINE)
+
+    async def test() -> tuple[list[ReloadAttempt], float]:
+        attempts: list[ReloadAttempt] = []
+        reloader = Reloader(Repository(builder.root), engine, lambda _: None, attempts.append, retry_seconds=0.1)
+        await reloader.reload()
+        watch = asyncio.create_task(reloader.watch(0.005))
+        builder.publish({"digits": HEBREW})
+        started = time.monotonic()
+        await until(lambda: len(attempts) == 5)
+        watch.cancel()
+        return attempts, time.monotonic() - started
+
+    try:
+        attempts, seconds = asyncio.run(test())
+    finally:
+        engine.close()
+    assert [bool(attempt.error) for attempt in attempts] == [False, True, True, True, False]
+    assert seconds >= 3 * 0.1
 
 
 def test_watching_outlives_a_repository_that_goes_and_comes(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:

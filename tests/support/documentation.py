@@ -229,7 +229,8 @@ def make_hub_cache(folder: pathlib.Path) -> None:
 
 _SHIM = """#!{python}
 import os, sys
-arguments = [a.replace("127.0.0.1:8500", {server!r}).replace("127.0.0.1:8501", {admin!r}) for a in sys.argv[1:]]
+told = {{"127.0.0.1:8500": {server!r}, "127.0.0.1:8501": {admin!r}, "127.0.0.1:8001": {triton!r}}}
+arguments = [told.get(argument, argument) for argument in sys.argv[1:]]
 defaults = {{
     "serve": ["--listen", {server!r}, "--admin-listen", {admin!r}],
     "classify": ["--server", {server!r}],

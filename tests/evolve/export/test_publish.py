@@ -182,6 +182,16 @@ def test_another_target_makes_other_segments(published: Published) -> None:
     assert "KIND_GPU" in config
 
 
+def test_with_a_cache_only_what_takes_the_image_is_another_segment(published: Published) -> None:
+    before = {task.name: list(task.route) for task in generation(published.repository).tasks}
+    export_system(published.system, published.repository, response_cache=True)
+    for task in check_whole(published.repository).tasks:
+        assert task.route[0] != before[task.name][0]
+        assert list(task.route[1:]) == before[task.name][1:]
+        assert "response_cache" in (published.repository / task.route[0] / "config.pbtxt").read_text()
+        assert "response_cache" not in (published.repository / before[task.name][0] / "config.pbtxt").read_text()
+
+
 def test_float16_is_another_generation_beside_and_the_way_back_exports_nothing(published: Published) -> None:
     first = check_whole(published.repository)
     told: list[str] = []

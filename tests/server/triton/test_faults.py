@@ -255,6 +255,22 @@ def test_an_idle_dead_segment_is_noticed(builder: RepositoryBuilder, pair: list[
         check(engine, generation)
 
 
+def test_several_faults_at_once_are_mended(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
+    generation = publish(builder, **PLANS)
+    with engine_on(builder, *pair) as engine:
+        engine.load(generation)
+        with Asker(engine, generation) as asker:
+            wait_until(lambda: asker.num_answers > 20)
+            # Neither ensemble can answer before both segments do.
+            for segment in (generation.tasks["digits"].route[1], generation.tasks["greek"].route[-1]):
+                os.kill(segment_process(pair[0], segment), signal.SIGKILL)
+            with Caller(pair[0].addresses.grpc) as caller:
+                caller.unload(generation.tasks["greek"].ensemble, generation.ensembles[8])
+            wait_until(lambda: report(engine, pair[0]).reason)
+            wait_until(lambda: is_sound(engine, pair[0]))
+        assert asker.errors == []
+
+
 def test_a_triton_that_hangs_is_given_up(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
     generation = publish(builder, **PLANS)
     with engine_on(builder, *pair, probe_timeout_seconds=1.0) as engine:
