@@ -19,13 +19,14 @@ from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
 from evolve.errors import WorkersDiedError
 from evolve.generation import GenerationPlan
 from evolve.lineage import lineage_hash
+from evolve.path import ordered_positions
 from evolve.search import SearchPlan
 from evolve.store import System
 from evolve.training import workers
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.workers import WorkersTrainer
 from tests.support.processes import TOP, environment
-from tests.support.training import IMAGE_SIZE, PLAIN, TinyRoot, easy_data, generation
+from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, PLAIN, TinyRoot, easy_data, generation
 
 DATA = easy_data()
 SETTINGS = TrainingSettings(threads=1, device="cpu", batch_size=16, intervals=2, batches_per_interval=3, workers=2)
@@ -39,8 +40,8 @@ PLAN = SearchPlan(
 
 def make_system(folder: pathlib.Path) -> System:
     root = TinyRoot()
-    layers = {position: (layer.spec, root.stored[layer.id]) for position, layer in root.layers.items()}
-    return System.create(folder, layers, IMAGE_SIZE)
+    placed = [(position, root.layers[position]) for position in ordered_positions(NUM_BLOCKS, (), with_head=False)]
+    return System.create(folder, {position: (layer.spec, root.stored[layer.id]) for position, layer in placed}, IMAGE_SIZE)
 
 
 @pytest.fixture
@@ -138,18 +139,19 @@ def test_workers_end_with_the_process_that_started_them(system: System, tmp_path
         "from evolve.training.workers import WorkersTrainer\n"
         "if __name__ == '__main__':\n"
         "    trainer = WorkersTrainer(System.open(sys.argv[1]), DATA, SETTINGS)\n"
-        "    next(iter(trainer.train(plan_of(2))))\n"
-        "    print(*trainer._workers()._processes, flush=True)\n"
+        "    packs = trainer.train(plan_of(4))\n"
+        "    next(packs)\n"
+        "    print(*trainer._pool._processes, flush=True)\n"
         "    time.sleep(600)\n"
     )
     command = [sys.executable, str(script), str(system.folder)]
     process = subprocess.Popen(command, env=environment(), cwd=TOP, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     children = [int(word) for word in process.stdout.readline().split()]
-    assert len(children) == 2
     process.kill()
     process.wait()
     process.stdout.close()
+    assert len(children) == 2
     deadline = time.monotonic() + 20
     while any(_lives(pid) for pid in children):
         assert time.monotonic() < deadline, "workers outlived the process that started them"
