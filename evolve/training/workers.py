@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
-import ctypes
 import dataclasses
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -30,7 +29,6 @@ from evolve.store import System
 MOST_DEATHS = 3
 """So many times in a row, without one pack finished between, workers may die before it is an error."""
 
-_PR_SET_PDEATHSIG = 1
 _PRELOADED = ("evolve.training.together", "evolve.data.load")
 
 _trainer: Trainer | None = None
@@ -154,14 +152,21 @@ def _begin(counter: object, *arguments: object) -> None:
     global _trainer
     # Whoever started them decides when they end: Ctrl-C goes to all processes of a terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_owner, daemon=True).start()
     folder, data, settings = arguments
     with counter.get_lock():  # type: ignore[attr-defined]  # a multiprocessing Value has no public type
         number = counter.value  # type: ignore[attr-defined]
         counter.value += 1  # type: ignore[attr-defined]
     _choose_gpu(number)
     _trainer = make_trainer(System.open(folder), data, settings)  # type: ignore[arg-type]
+
+
+def _end_with_owner() -> None:
+    """Waits until the process that started this one has ended, and ends this one, whatever it is at."""
+    owner = multiprocessing.parent_process()
+    if owner is not None:
+        owner.join()
+    os._exit(1)
 
 
 def _choose_gpu(number: int) -> None:
