@@ -315,21 +315,20 @@ def run_baselines(
 
 
 def default_trainer(training: TrainingSettings) -> MakeTrainer:
-    """Returns what makes the trainer that runs use by default, with torch: children one after another, or in packs if the settings say so.
+    """Returns what makes the trainer that runs use by default, with torch: children one after another, in packs, by worker processes.
 
     Args:
-        training: device, precision, threads and pack size matter.
+        training: device, precision, threads, pack size and number of workers matter.
 
     Raises:
         SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
     """
     from evolve.training.device import resolve_device
-    from evolve.training.one_by_one import OneByOneTrainer
-    from evolve.training.together import TogetherTrainer
+    from evolve.training.workers import WorkersTrainer, make_trainer
 
     resolve_device(training)
-    kind = OneByOneTrainer if training.pack_size == 1 else TogetherTrainer
-    return lambda system, data: kind(data, system.tensors, training)
+    make = make_trainer if training.workers == 1 else WorkersTrainer
+    return lambda system, data: make(system, data, training)
 
 
 def publish(

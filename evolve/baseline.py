@@ -163,7 +163,9 @@ class BaselinePlan:
             "num_tasks": self.num_tasks,
             "replicas": self.num_replicas,
             "intervals": self.intervals,
-            "training": {name: value for name, value in settings["training"].items() if name not in ("device", "intervals")},
+            "training": {
+                name: value for name, value in settings["training"].items() if name not in ("device", "intervals", "workers")
+            },
         }
 
 

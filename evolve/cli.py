@@ -71,6 +71,10 @@ ExperimentFile = Annotated[
     pathlib.Path, typer.Argument(metavar="EXPERIMENT.toml", help="Settings: root, tasks, search, training.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda; overrides the experiment.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Processes that train side by side; overrides the experiment.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -87,6 +91,7 @@ def run(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to bring every task to; overrides the experiment.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: DeviceOption = None,
+    workers: WorkersOption = None,
     precision: PrecisionOption = "float32",
     segments: SegmentsOption = "shared",
     tasks_per_image: TasksPerImageOption = 1,
@@ -110,7 +115,7 @@ def run(
     form = _Form.of("cpu", precision, segments, tasks_per_image, memory_factor)
     if restart and recover:
         raise SettingsError("found --restart and --recover", "one of them")
-    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device)
+    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device, workers=workers)
     plan = SearchPlan.of(settings)
     console = rich.console.Console()
     scalars = [] if tensorboard is None else [_write_scalars(tensorboard)]
@@ -165,6 +170,7 @@ def baseline(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of the search; overrides the experiment.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; overrides the experiment.")] = None,
     device: DeviceOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Train the root on each task without a search, in as many steps: what a search is compared with.
 
@@ -174,7 +180,7 @@ def baseline(
     Tasks of the system are neither used nor changed. The same command goes on where an earlier one was stopped.
     """
     wanted = Method.parse(method, tuned=tune)
-    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device)
+    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device, workers=workers)
     plan = BaselinePlan(SearchPlan.of(settings), len(settings.tasks), replicas)
     console = rich.console.Console()
 
@@ -377,7 +383,9 @@ def _saying_how_to_go_on(*observers: ProgressObserver | TensorBoardObserver) -> 
         stop()
 
 
-def _override(settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None) -> Experiment:
+def _override(
+    settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None, workers: int | None
+) -> Experiment:
     values = settings.model_dump()
     if rounds is not None:
         values["search"]["rounds"] = rounds
@@ -387,6 +395,8 @@ def _override(settings: Experiment, *, rounds: int | None, seed: int | None, dev
         if device not in ("auto", "cpu", "cuda"):
             raise SettingsError(f"found device {device!r}", "auto, cpu or cuda")
         values["training"]["device"] = device
+    if workers is not None:
+        values["training"]["workers"] = workers
     return Experiment.model_validate(values)
 
 

@@ -127,6 +127,8 @@ class TrainingSettings(Settings):
         precision: `bf16` trains and validates under bfloat16 autocast; CUDA only.
         threads: CPU threads a child trains with; part of the result.
         pack_size: children that are trained together, with what they share computed once; 1 trains one by one.
+        workers: processes that train packs side by side, each with so many threads and a GPU of its own if there are several; no part
+            of the result.
     """
 
     batch_size: Annotated[int, pydantic.Field(ge=1, le=65536)] = 256
@@ -137,6 +139,7 @@ class TrainingSettings(Settings):
     precision: Literal["float32", "bf16"] = "float32"
     threads: Threads = 2
     pack_size: Annotated[int, pydantic.Field(ge=1, le=1024)] = 1
+    workers: Annotated[int, pydantic.Field(ge=1, le=256)] = 1
 
 
 class AnyTask(Settings):

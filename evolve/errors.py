@@ -56,6 +56,22 @@ class TrainerError(EvolveError):
         )
 
 
+class WorkersDiedError(EvolveError):
+    """Worker processes of a search die again and again.
+
+    Attributes:
+        num_times: how often in a row.
+    """
+
+    def __init__(self, num_times: int, what: str) -> None:
+        self.num_times = num_times
+        super().__init__(
+            f"found worker processes that died {num_times} times in a row {what}",
+            "workers that live",
+            "too little memory ends processes without a word: set fewer workers or a smaller pack_size",
+        )
+
+
 class MemoryShortageError(EvolveError):
     """A path does not fit into memory, however small the parts in which its batches are computed.
 

@@ -149,13 +149,13 @@ def _identity(
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that shape a search's decisions; those that an earlier version did not have yet are at their defaults."""
     # The number of rounds may grow, it shapes no decision of this one; the trainer says which device was really used.
-    left_out = {"search": "rounds", "training": "device"}
+    left_out = {"search": ("rounds",), "training": ("device", "workers")}
     defaults = {"defaults": DefaultSettings(), "search": SearchSettings(), "training": TrainingSettings()}
     complete = {group: {**kind.model_dump(mode="json"), **settings[group]} for group, kind in defaults.items()}
     return {
         **settings,
         **{
-            group: {name: value for name, value in values.items() if name != left_out.get(group)}
+            group: {name: value for name, value in values.items() if name not in left_out.get(group, ())}
             for group, values in complete.items()
         },
     }

@@ -67,11 +67,8 @@ class TogetherTrainer(OneByOneTrainer):
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
         """
         super().__init__(data, tensors, settings, observer)
-        on_gpu = self._device.type == "cuda"
-        self._stacks = on_gpu if stacks is None else stacks
-        if feature_bytes is None:
-            feature_bytes = int(FEATURE_SHARE * torch.cuda.mem_get_info(self._device)[0]) if on_gpu else HOST_FEATURE_BYTES
-        self._cache = FeatureCache(feature_bytes)
+        self._stacks = self._device.type == "cuda" if stacks is None else stacks
+        self._feature_bytes = feature_bytes
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -107,6 +104,14 @@ class TogetherTrainer(OneByOneTrainer):
                 yield from self._train_fitting(plan, half)
         else:
             yield PackResult(tuple(results))
+
+    @functools.cached_property
+    def _cache(self) -> FeatureCache:
+        # Not before it is needed: asking a GPU takes memory of it.
+        num_bytes = self._feature_bytes
+        if num_bytes is None and self._device.type == "cuda":
+            num_bytes = int(FEATURE_SHARE * torch.cuda.mem_get_info(self._device)[0])
+        return FeatureCache(HOST_FEATURE_BYTES if num_bytes is None else num_bytes)
 
     def _make_room(self) -> None:
         super()._make_room()

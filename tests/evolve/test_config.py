@@ -153,6 +153,7 @@ RANGES = {
     "training.batches_per_interval": AT_LEAST_1,
     "training.validation_batches": AT_LEAST_1,
     "training.threads": ([0, 513], "a whole number from 1 to 512"),
+    "training.workers": ([0, 257], "a whole number from 1 to 256"),
     "training.pack_size": ([0, 1025], "a whole number from 1 to 1024"),
     "tasks.0.limit_per_class": AT_LEAST_1,
     "tasks.0.split_seed": ([], "a whole number"),

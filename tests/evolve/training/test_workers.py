@@ -1,0 +1,184 @@
+"""Worker processes train packs side by side; a search is the same with one, with many, and with some that die."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from evolve import api
+from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
+from evolve.errors import WorkersDiedError
+from evolve.generation import GenerationPlan
+from evolve.lineage import lineage_hash
+from evolve.path import ordered_positions
+from evolve.search import SearchPlan
+from evolve.store import System
+from evolve.training import workers
+from evolve.training.one_by_one import OneByOneTrainer
+from evolve.training.workers import WorkersTrainer
+from tests.support.processes import TOP, environment
+from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, PLAIN, TinyRoot, easy_data, generation
+
+DATA = easy_data()
+SETTINGS = TrainingSettings(threads=1, device="cpu", batch_size=16, intervals=2, batches_per_interval=3, workers=2)
+PLAN = SearchPlan(
+    0,
+    DefaultSettings(image_size=IMAGE_SIZE, crop_area_min=1.0, flip=False, adapter_width=8),
+    SearchSettings(rounds=1, children_per_task=8, generation_size=4, mutation_rate=0.3),
+    SETTINGS,
+)
+
+
+def make_system(folder: pathlib.Path) -> System:
+    root = TinyRoot()
+    placed = [(position, root.layers[position]) for position in ordered_positions(NUM_BLOCKS, (), with_head=False)]
+    return System.create(folder, {position: (layer.spec, root.stored[layer.id]) for position, layer in placed}, IMAGE_SIZE)
+
+
+@pytest.fixture
+def system(tmp_path: pathlib.Path) -> System:
+    return make_system(tmp_path / "system")
+
+
+def plan_of(size: int = 6) -> GenerationPlan:
+    root = TinyRoot()
+    return generation(*(root.child(index, hyperparameters=PLAIN.replace(learning_rate=0.05)) for index in range(size)))
+
+
+@pytest.mark.parametrize("pack_size", [1, 2])
+def test_a_search_is_the_same_with_one_worker_and_with_many(tmp_path: pathlib.Path, pack_size: int) -> None:
+    hashes = []
+    for number in (1, 3):
+        found = make_system(tmp_path / str(number))
+        training = SETTINGS.model_copy(update={"workers": number, "pack_size": pack_size})
+        api.run_tasks(found, [DATA], dataclasses.replace(PLAN, training=training))
+        hashes.append(lineage_hash(found))
+    assert hashes[0] == hashes[1]
+
+
+def test_a_search_that_was_begun_with_one_worker_goes_on_with_more(system: System) -> None:
+    class Stopped(Exception):
+        pass
+
+    def dies(system: System, data: object) -> OneByOneTrainer:
+        trainer = OneByOneTrainer(DATA, system.tensors, SETTINGS)
+        train = trainer.train
+
+        def some(plan: GenerationPlan):
+            yield next(iter(train(plan)))
+            raise Stopped
+
+        trainer.train = some  # type: ignore[method-assign]
+        return trainer
+
+    alone = dataclasses.replace(PLAN, training=SETTINGS.model_copy(update={"workers": 1}))
+    with pytest.raises(Stopped):
+        api.run_tasks(system, [DATA], alone, make_trainer=dies)
+    assert api.run_tasks(system, [DATA], PLAN) == ["easy"]
+
+
+def test_packs_are_trained_by_other_processes_as_in_this_one(system: System) -> None:
+    trainer = WorkersTrainer(system, DATA, SETTINGS)
+    plan = plan_of()
+    found = sorted((one for pack in trainer.train(plan) for one in pack.children), key=lambda child: child.index)
+    expected = [one for pack in OneByOneTrainer(DATA, system.tensors, SETTINGS).train(plan) for one in pack.children]
+    assert [one.interval_qualities for one in found] == [one.interval_qualities for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        for position, tensors in one.trained.items():
+            assert all(np.array_equal(tensor, other.trained[position][name]) for name, tensor in tensors.items())
+    assert trainer.identity == OneByOneTrainer(DATA, system.tensors, SETTINGS).identity
+
+
+def test_workers_that_are_killed_cost_nothing_but_their_packs(system: System) -> None:
+    plan = dataclasses.replace(plan_of(), length=dataclasses.replace(plan_of().length, intervals=4, batches_per_interval=100))
+    trainer = WorkersTrainer(system, DATA, SETTINGS)
+    found = []
+    for pack in trainer.train(plan):
+        found += [child.index for child in pack.children]
+        if len(found) in (1, 3):
+            assert trainer._pool is not None
+            os.kill(next(iter(trainer._pool._processes)), signal.SIGKILL)
+    assert sorted(found) == list(range(6))
+
+
+def test_workers_that_always_die_are_an_error_that_names_the_children(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = WorkersTrainer(system, DATA, SETTINGS)
+    monkeypatch.setattr(workers, "_train", _die)
+    with pytest.raises(WorkersDiedError, match=r"died 3 times in a row on children \[0, 1\] of 'easy'.*fewer workers"):
+        list(trainer.train(plan_of(2)))
+    monkeypatch.setattr(workers, "_examine", _die)
+    with pytest.raises(WorkersDiedError, match="on the test of 'easy'"):
+        trainer.examine(system.root)
+
+
+def _die(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_error_of_a_pack_comes_back_as_it_is(system: System) -> None:
+    trainer = WorkersTrainer(system, DATA, SETTINGS)
+    with pytest.raises(ValueError, match="'other'"):
+        list(trainer.train(dataclasses.replace(plan_of(2), task="other")))
+
+
+def test_workers_end_with_the_process_that_started_them(system: System, tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "starts.py"
+    script.write_text(
+        "import sys, time\n"
+        "from evolve.store import System\n"
+        "from tests.evolve.training.test_workers import DATA, SETTINGS, plan_of\n"
+        "from evolve.training.workers import WorkersTrainer\n"
+        "if __name__ == '__main__':\n"
+        "    trainer = WorkersTrainer(System.open(sys.argv[1]), DATA, SETTINGS)\n"
+        "    packs = trainer.train(plan_of(4))\n"
+        "    next(packs)\n"
+        "    print(*trainer._pool._processes, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, str(script), str(system.folder)]
+    process = subprocess.Popen(command, env=environment(), cwd=TOP, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    children = [int(word) for word in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(children) == 2
+    deadline = time.monotonic() + 20
+    while any(_lives(pid) for pid in children):
+        assert time.monotonic() < deadline, "workers outlived the process that started them"
+        time.sleep(0.1)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_trainer_that_nobody_holds_any_more_ends_its_workers(system: System) -> None:
+    trainer = WorkersTrainer(system, DATA, SETTINGS)
+    trainer.examine(_path(system))
+    assert trainer._pool is not None
+    pids = list(trainer._pool._processes)
+    assert pids
+    del trainer
+    deadline = time.monotonic() + 20
+    while any(_lives(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert threading.active_count() < 50
+
+
+def _path(system: System):
+    api.run_tasks(system, [DATA], dataclasses.replace(PLAN, training=SETTINGS.model_copy(update={"workers": 1})))
+    return system.path(system.tasks()["easy"].path_id)
