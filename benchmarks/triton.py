@@ -24,7 +24,7 @@ The hop lines are least squares over p50 at one request at a time by pieces a ro
 of a system is the p50 of Triton's shared segments over that of its coarse ones, for the requests that the coarse ones were chosen for.
 
 Weights are random: what is measured does not depend on them. `make triton` must have made Triton's environment. Prints JSON lines, the
-last one sums up; without --smoke it takes about 10 minutes on two cores.
+last one sums up; without --smoke it takes about 13 minutes on two cores.
 """
 
 from __future__ import annotations
