@@ -52,7 +52,7 @@ _LEAVE_SECONDS = 10.0
 """How long `close` waits for what the Tritons still compute."""
 
 _PAUSE_SECONDS = 0.2
-"""Between tries to find a first Triton."""
+"""Between tries to find a first Triton, and what a probe usually does not take."""
 
 
 class _Part:
@@ -225,11 +225,8 @@ class TritonEngine:
             self._work.notify_all()
         settle_all(settlements)
         self._sender.join()
-        with self._lock:
-            # A Triton does not bear that a client leaves while it computes.
-            self._work.wait_for(lambda: not self._flights, _LEAVE_SECONDS)
         for member, upkeep in self._upkeep.items():
-            member.endpoint.close()
+            member.endpoint.close(_LEAVE_SECONDS)
             upkeep.close()
         with self._loading, self._lock:
             self._fleet.loaded.clear()
@@ -498,8 +495,13 @@ class TritonEngine:
     def _read_counters(self, member: Member) -> None:
         """Reads what a Triton counted, until that has in it all that it answered: it counts a moment later."""
         deadline_seconds = time.monotonic() + _STATISTICS_SECONDS
+        # Not between a probe's run and the note that it is not to be counted, unless that takes long.
+        is_quiet = member.probing.acquire(timeout=_PAUSE_SECONDS)
         try:
             while not member.counters.see(member.endpoint.counts(_STATISTICS_SECONDS)) and time.monotonic() < deadline_seconds:
                 time.sleep(0.002)
         except EndpointError as error:
             _log.debug("%s", error)
+        finally:
+            if is_quiet:
+                member.probing.release()
