@@ -75,10 +75,15 @@ class Upkeep:
         for thread in self._threads:
             thread.start()
 
-    def close(self) -> None:
-        """Ends the threads; the endpoint must be closed before."""
+    def close(self, patience_seconds: float) -> None:
+        """Closes the endpoint and ends the threads.
+
+        Args:
+            patience_seconds: how long inferences under way may take to end.
+        """
         self._closed.set()
         self._member.wake.set()
+        self._endpoint.close(patience_seconds)
         for thread in self._threads:
             thread.join()
 
@@ -138,13 +143,13 @@ class Upkeep:
             self._probe(held, plan)
         except EndpointSilentError as error:
             if member.answered_seconds < now:
-                self._lose(error, life)
+                self._lose(error.reason, life)
                 self._endpoint.reconnect()
                 self._on_silence(member, error, ())
             else:
                 self._find_the_silent(held, plan, now, life)
         except EndpointGoneError as error:
-            self._lose(error, life)
+            self._lose(error.reason, life)
         except EndpointError as error:
             self._blame(error, plan, life)
 
@@ -177,7 +182,7 @@ class Upkeep:
                 self._on_silence(self._member, silent, (name,))
                 return
             except EndpointGoneError as error:
-                self._lose(error, life)
+                self._lose(error.reason, life)
                 return
             except EndpointError as error:
                 self._blame(type(error)(self._member.address, f"{name}: {error.reason}"), plan, life)
@@ -187,9 +192,11 @@ class Upkeep:
         self._fleet.blame(self._member, error, plan, life)
         self._on_change()
 
-    def _lose(self, error: EndpointError, life: int) -> None:
-        self._fleet.take_down(self._member, error.reason, life)
-        self._on_change()
+    def _lose(self, reason: str, life: int | None = None) -> None:
+        # Once it is closed, all that it says is that.
+        if not self._closed.is_set():
+            self._fleet.take_down(self._member, reason, life)
+            self._on_change()
 
     def _probe(self, held: HeldGeneration, plan: Plan) -> None:
         image = self._image(held, next(iter(plan.outputs)))
@@ -253,10 +260,10 @@ class Upkeep:
                 self.bring(missing)
         except EndpointGoneError as error:
             self._num_failures = 0
-            self._fleet.take_down(member, error.reason)
+            self._lose(error.reason)
         except ServerError as error:
             self._num_failures += 1
-            self._fleet.take_down(member, str(error))
+            self._lose(str(error))
         else:
             self._num_failures = 0
             self._on_change()
@@ -276,7 +283,7 @@ class Upkeep:
                 self._fleet.mend(member, mended)
         except EndpointGoneError as error:
             self._num_failures = 0
-            self._lose(error, life)
+            self._lose(error.reason, life)
             return
         except EndpointError as error:
             _log.warning("still wrong: %s", error)
