@@ -39,6 +39,7 @@ from server.results import Classification, ServerStatus
 from server.triton.engine import TritonEngine
 from server.triton.environment import DEFAULT_FOLDER, find_environment
 from server.triton.environment import install as install_triton
+from server.triton.fleet import State
 from server.triton.process import TritonAddresses, TritonProcess
 from server.triton.supervisor import Supervisor, read_generation
 
@@ -137,7 +138,17 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         stack.push_async_callback(front_door.stop, settings.drain_seconds, settings.grace_seconds)
         watch = asyncio.create_task(reloader.watch(settings.watch_interval_seconds))
         stack.callback(watch.cancel)
+        if tritons is not None:
+            look = asyncio.create_task(_tell_health(health, tritons, settings.triton.probe_interval_seconds))
+            stack.callback(look.cancel)
         yield RunningServer(front_door, reloader, engine, metrics_address)
+
+
+async def _tell_health(health: Health, tritons: TritonEngine, interval_seconds: float) -> None:
+    """Has health say whether any Triton answers, so that load balancers look elsewhere while none does."""
+    while True:
+        health.pause(not any(report.state is State.SERVING for report in tritons.endpoints()))
+        await asyncio.sleep(interval_seconds)
 
 
 async def _serve(settings: ServerSettings) -> None:

@@ -27,6 +27,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._services = frozenset(["", *services])
         self._tasks: frozenset[str] = frozenset()
         self._serving = False
+        self._paused = False
         self._stopped = False
         self._ended = False
         self._changed = asyncio.Event()
@@ -36,6 +37,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._tasks = frozenset(tasks)
         self._serving = not self._stopped
         self._notify()
+
+    def pause(self, is_paused: bool) -> None:
+        """Says that nothing can be answered for now, because what computes is lost; or that it is back."""
+        if is_paused != self._paused:
+            self._paused = is_paused
+            self._notify()
 
     def stop(self) -> None:
         """Says, once and for all, that the server takes no more requests."""
@@ -52,7 +59,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Returns the status of a service or task."""
         if service not in self._services and service not in self._tasks:
             return _Response.SERVICE_UNKNOWN
-        return _Response.SERVING if self._serving else _Response.NOT_SERVING
+        return _Response.SERVING if self._serving and not self._paused else _Response.NOT_SERVING
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
         """Answers the status now; NOT_FOUND for what is not known."""

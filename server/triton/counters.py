@@ -20,13 +20,13 @@ _NOTHING = ModelCounts(0, 0, 0)
 class _Count:
     """Of one segment. `kept` is from its earlier lives, the rest of this one.
 
-    `exempt` is what of `seen` does not count; `pending` what of the next rows that are seen does not, or less if Triton had some of their
-    answers in its cache. `answered` are requests that Triton must have counted by now.
+    `exempt` is what of `seen` does not count, `exempt_then` what did not when it was seen. `answered` are requests that Triton must have
+    counted by now.
     """
 
     kept: tuple[int, int] = (0, 0)
     exempt: tuple[int, int] = (0, 0)
-    pending: tuple[int, int] = (0, 0)
+    exempt_then: tuple[int, int] = (0, 0)
     seen: ModelCounts = _NOTHING
     answered: int = 0
 
@@ -39,15 +39,11 @@ class _Count:
 
     def see(self, now: ModelCounts) -> bool:
         if now.requests < self.seen.requests:
-            self.kept, self.exempt, self.pending = self.total, (0, 0), (0, 0)
-            self.seen, self.answered = _NOTHING, 0
-        new = (now.rows - self.seen.rows, now.executions - self.seen.executions)
-        applied = (min(self.pending[0], new[0]), min(self.pending[1], new[1]))
-        self.exempt = (self.exempt[0] + applied[0], self.exempt[1] + applied[1])
-        self.seen = now
-        is_whole = now.requests >= self.answered
-        self.pending = (0, 0) if is_whole else (self.pending[0] - applied[0], self.pending[1] - applied[1])
-        return is_whole
+            # Triton counts from 0 again. What it ran since it was seen last is lost, and with it what of that did not count.
+            self.exempt = self.exempt_then
+            self.kept, self.exempt, self.answered = self.total, (0, 0), 0
+        self.seen, self.exempt_then = now, self.exempt
+        return now.requests >= self.answered
 
 
 class Counters:
@@ -68,7 +64,8 @@ class Counters:
             for name in segments:
                 if name not in self._counts:
                     before = counts.get(name, _NOTHING)
-                    self._counts[name] = _Count(exempt=(before.rows, before.executions), seen=before, answered=before.requests)
+                    exempt = (before.rows, before.executions)
+                    self._counts[name] = _Count(exempt=exempt, exempt_then=exempt, seen=before, answered=before.requests)
 
     def keep(self, segments: Collection[str]) -> None:
         """Forgets all segments but these."""
@@ -88,8 +85,7 @@ class Counters:
                 count = self._counts.get(branch.segment)
                 if count is not None:
                     count.answered += 1
-                    pending = count.pending
-                    count.pending = (pending[0] + exempt_rows, pending[1] + (exempt_rows == rows))
+                    count.exempt = (count.exempt[0] + exempt_rows, count.exempt[1] + (exempt_rows == rows))
 
     def see(self, counts: Mapping[str, ModelCounts]) -> bool:
         """Takes in what Triton says now.

@@ -131,6 +131,7 @@ class _Connections:
 
     def __init__(self, address: str, access: Access) -> None:
         self.inference, self.control = (_channel(address, access) for _ in range(2))
+        self.num_inferences = 0
         self.infer = service_pb2_grpc.GRPCInferenceServiceStub(self.inference).ModelInfer
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.control)
 
@@ -147,6 +148,7 @@ class Endpoint:
         self.address = address
         self._access = access
         self._lock = threading.Lock()
+        self._landed = threading.Condition(self._lock)
         self._closed = False
         self._connections = _Connections(self.address, self._access)
 
@@ -160,12 +162,18 @@ class Endpoint:
         # That of inferences is let go and closes itself when its last call is done: see `infer`.
         old.control.close()
 
-    def close(self) -> None:
-        """Gives up the connections and every call on them. Calls fail from now on."""
+    def close(self, patience_seconds: float = CALL_SECONDS) -> None:
+        """Gives up the connections and the calls on them. Calls fail from now on.
+
+        Args:
+            patience_seconds: how long inferences under way may take to end, because they are not to be cancelled: see `infer`.
+        """
         with self._lock:
             self._closed = True
-        self._connections.control.close()
-        self._connections.inference.close()
+            connections = self._connections
+            connections.control.close()
+            self._landed.wait_for(lambda: not connections.num_inferences, patience_seconds)
+        connections.inference.close()
 
     def infer(self, request: service_pb2.ModelInferRequest, done: Callable[[Any], None]) -> None:
         """Starts an inference, which is neither cancelled nor has a deadline.
@@ -180,11 +188,19 @@ class Endpoint:
         Raises:
             EndpointGoneError: closed.
         """
-        try:
-            self._connections.infer.future(request, metadata=self._access.metadata).add_done_callback(done)
-        except ValueError as error:
-            # What grpc says on a closed channel.
-            raise EndpointGoneError(self.address, str(error)) from error
+        with self._lock:
+            if self._closed:
+                raise EndpointGoneError(self.address, "the connection is closed")
+            connections = self._connections
+            connections.num_inferences += 1
+
+        def land(call: Any) -> None:
+            with self._lock:
+                connections.num_inferences -= 1
+                self._landed.notify_all()
+            done(call)
+
+        connections.infer.future(request, metadata=self._access.metadata).add_done_callback(land)
 
     def ask(self, request: service_pb2.ModelInferRequest, timeout_seconds: float) -> dict[str, npt.NDArray[np.float32]]:
         """Infers and waits.

@@ -7,7 +7,6 @@ changes nothing, so what a Triton that died was asked is asked of another one.
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import heapq
 import itertools
 import logging
@@ -36,11 +35,12 @@ from server.errors import (
     SettingsError,
 )
 from server.generation import Generation
-from server.questions import OpenQuestion, Settlement, completion, failure, settle_all
+from server.questions import Settlement, completion, failure, settle_all
 from server.triton.asking import filled_up
 from server.triton.endpoint import Access, Endpoint, segments_in, to_request
 from server.triton.fleet import EndpointReport, Fleet, Member, State
-from server.triton.plans import HeldGeneration, Plan
+from server.triton.flights import AskedQuestion, Flight, Part
+from server.triton.plans import HeldGeneration
 from server.triton.upkeep import Upkeep
 
 _log = logging.getLogger(__name__)
@@ -52,38 +52,7 @@ _LEAVE_SECONDS = 10.0
 """How long `close` waits for what the Tritons still compute."""
 
 _PAUSE_SECONDS = 0.2
-"""Between tries to find a first Triton."""
-
-
-class _Part:
-    """Images of a question that are asked together, at most as many as one request takes."""
-
-    def __init__(self, opened: _Asked, first: int, count: int) -> None:
-        self.opened = opened
-        self.first = first
-        self.count = count
-        self.is_alone = count == opened.plan.max_rows
-        self.tried: set[tuple[Member, int]] = set()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Flight:
-    """A part at a Triton, whose life it was then."""
-
-    part: _Part
-    member: Member
-    life: int
-
-
-class _Asked(OpenQuestion):
-    """An open question with its parts."""
-
-    def __init__(self, number: int, question: Question, held: HeldGeneration, due_seconds: float) -> None:
-        super().__init__(number, question, held, due_seconds)
-        self.plan: Plan = held.plan(question.tasks)
-        rows = self.plan.max_rows
-        num_images = len(question.images)
-        self.parts = [_Part(self, start, min(rows, num_images - start)) for start in range(0, num_images, rows)]
+"""Between tries to find a first Triton, and what a probe usually does not take."""
 
 
 class TritonEngine:
@@ -110,9 +79,9 @@ class TritonEngine:
         self._work = threading.Condition(self._lock)
         self._loading = threading.Lock()
         self._numbers = itertools.count(1)
-        self._open: dict[int, _Asked] = {}
-        self._waiting: list[tuple[float, int, _Part]] = []
-        self._flights: set[_Flight] = set()
+        self._open: dict[int, AskedQuestion] = {}
+        self._waiting: list[tuple[float, int, Part]] = []
+        self._flights: set[Flight] = set()
         self._num_planned = 0
         self._requested: dict[str, int] = {}
         self._closed = False
@@ -128,7 +97,7 @@ class TritonEngine:
         """What the engine is, for people."""
         with self._lock:
             versions = sorted({member.version for member in self._fleet.members if member.version})
-        return f"triton {' and '.join(versions)} at {', '.join(self._settings.endpoints)}"
+        return f"triton {' and '.join(versions) or 'of unknown version'} at {', '.join(self._settings.endpoints)}"
 
     def load(self, generation: Generation) -> None:
         """Makes a generation answerable at every Triton that answers. See `Engine.load`.
@@ -225,12 +194,8 @@ class TritonEngine:
             self._work.notify_all()
         settle_all(settlements)
         self._sender.join()
-        with self._lock:
-            # A Triton does not bear that a client leaves while it computes.
-            self._work.wait_for(lambda: not self._flights, _LEAVE_SECONDS)
-        for member, upkeep in self._upkeep.items():
-            member.endpoint.close()
-            upkeep.close()
+        for upkeep in self._upkeep.values():
+            upkeep.close(_LEAVE_SECONDS)
         with self._loading, self._lock:
             self._fleet.loaded.clear()
             self._fleet.retiring.clear()
@@ -291,7 +256,7 @@ class TritonEngine:
 
     # Questions
 
-    def _admit(self, question: Question) -> _Asked:
+    def _admit(self, question: Question) -> AskedQuestion:
         now = self._clock()
         held = self._fleet.loaded.get(question.generation)
         if self._closed:
@@ -303,7 +268,7 @@ class TritonEngine:
         due_seconds = now + self._patience_seconds
         if question.deadline_seconds is not None:
             due_seconds = min(due_seconds, question.deadline_seconds)
-        opened = _Asked(next(self._numbers), question, held, due_seconds)
+        opened = AskedQuestion(next(self._numbers), question, held, due_seconds)
         # As in the embedded engine: a large question goes alone, and rehearsals are few.
         if question.counted and self._num_planned and self._num_planned + opened.num_planned > self._max_waiting_rows:
             raise OverloadedError("rows of open questions", self._num_planned, self._max_waiting_rows)
@@ -312,7 +277,7 @@ class TritonEngine:
         held.num_open += 1
         return opened
 
-    def _enqueue(self, part: _Part) -> None:
+    def _enqueue(self, part: Part) -> None:
         heapq.heappush(self._waiting, (part.opened.due_seconds, next(self._numbers), part))
 
     def _wake(self) -> None:
@@ -341,9 +306,9 @@ class TritonEngine:
             # Nothing of a finished question is kept alive while waiting for the next.
             del flights, settlements
 
-    def _next_flights(self) -> tuple[list[_Flight], list[Settlement]]:
+    def _next_flights(self) -> tuple[list[Flight], list[Settlement]]:
         """Takes from what waits as much as the Tritons have room for, and what cannot be answered any more."""
-        flights: list[_Flight] = []
+        flights: list[Flight] = []
         settlements: list[Settlement] = []
         now = self._clock()
         while self._waiting:
@@ -359,7 +324,7 @@ class TritonEngine:
                         member = min(able, key=lambda member: member.num_rows)
                         if member.num_rows and member.num_rows + part.count > self._settings.max_rows_in_flight:
                             break
-                        flight = _Flight(part, member, member.life)
+                        flight = Flight(part, member, member.life)
                         member.num_rows += part.count
                         self._flights.add(flight)
                         flights.append(flight)
@@ -368,7 +333,7 @@ class TritonEngine:
             heapq.heappop(self._waiting)
         return flights, settlements
 
-    def _send(self, flight: _Flight) -> None:
+    def _send(self, flight: Flight) -> None:
         part, plan = flight.part, flight.part.opened.plan
         images = part.opened.question.images[part.first : part.first + part.count]
         if part.is_alone and part.count < plan.max_rows:
@@ -376,7 +341,7 @@ class TritonEngine:
         request = to_request(plan.ensemble, images, plan.outputs.values())
         flight.member.endpoint.infer(request, lambda call: self._read(flight, call))
 
-    def _read(self, flight: _Flight, call: Any) -> None:
+    def _read(self, flight: Flight, call: Any) -> None:
         """Takes the answer to a part; in a thread of gRPC."""
         try:
             answer: Logits | ServerError = flight.member.endpoint.read_answer(call)
@@ -387,7 +352,7 @@ class TritonEngine:
             answer = SegmentRunError(flight.part.opened.plan.ensemble, repr(error))
         self._land(flight, answer)
 
-    def _land(self, flight: _Flight, answer: Logits | ServerError) -> None:
+    def _land(self, flight: Flight, answer: Logits | ServerError) -> None:
         """Ends a flight with logits or an error. One that was given up has ended already."""
         part, member = flight.part, flight.member
         with self._lock:
@@ -416,7 +381,7 @@ class TritonEngine:
         for flight in flights:
             self._land(flight, error)
 
-    def _put(self, flight: _Flight, logits: Logits) -> list[Settlement]:
+    def _put(self, flight: Flight, logits: Logits) -> list[Settlement]:
         part, member = flight.part, flight.member
         opened, plan = part.opened, part.opened.plan
         num_rows = plan.max_rows if part.is_alone else part.count
@@ -439,7 +404,7 @@ class TritonEngine:
                 return [completion(opened)]
         return []
 
-    def _retry(self, flight: _Flight, error: ServerError) -> list[Settlement]:
+    def _retry(self, flight: Flight, error: ServerError) -> list[Settlement]:
         """Asks a part again if that may help; else fails its question."""
         part, member, life = flight.part, flight.member, flight.life
         opened = part.opened
@@ -475,7 +440,7 @@ class TritonEngine:
         self._end(opened)
         return [failure(opened, error)]
 
-    def _end(self, opened: _Asked) -> None:
+    def _end(self, opened: AskedQuestion) -> None:
         """Takes a question out of the books; completing its future is up to the caller. What a Triton has of it runs to its end there."""
         del self._open[opened.number]
         self._num_planned -= opened.num_planned
@@ -498,8 +463,13 @@ class TritonEngine:
     def _read_counters(self, member: Member) -> None:
         """Reads what a Triton counted, until that has in it all that it answered: it counts a moment later."""
         deadline_seconds = time.monotonic() + _STATISTICS_SECONDS
+        # Not between a probe's run and the note that it is not to be counted, unless that takes long.
+        is_quiet = member.probing.acquire(timeout=_PAUSE_SECONDS)
         try:
             while not member.counters.see(member.endpoint.counts(_STATISTICS_SECONDS)) and time.monotonic() < deadline_seconds:
                 time.sleep(0.002)
         except EndpointError as error:
             _log.debug("%s", error)
+        finally:
+            if is_quiet:
+                member.probing.release()

@@ -54,12 +54,13 @@ class EndpointReport:
 
 
 class Member:
-    """A Triton as the engine sees it. Guarded by the fleet's lock, but for what guards itself.
+    """A Triton as the engine sees it. Guarded by the fleet's lock, but for locks and what guards itself.
 
     Attributes:
         endpoint: calls it; guards itself.
         counters: what it ran; guard themselves.
         changing: held by whoever loads and unloads models there.
+        probing: held while something is asked that is not to be counted.
         wake: set when there is something to do about it.
         state: whether it may be asked.
         life: counts how often what is known of it became void. An error of an earlier life says nothing of this one.
@@ -76,6 +77,7 @@ class Member:
         self.endpoint = endpoint
         self.counters = Counters()
         self.changing = threading.Lock()
+        self.probing = threading.Lock()
         self.wake = threading.Event()
         self.state = State.JOINING
         self.since = dt.datetime.now(dt.UTC)

@@ -76,8 +76,6 @@ class Preparation:
             self._counters.begin(self._generation.segments, counts)
             self._load_ensembles(threads, sorted(new & self._held.ensembles))
             findings = [finding for found in threads.map(self._rehearse, self._questions(new)) for finding in found]
-            # At once, while little else is between: some of it may have come from a cache.
-            self._counters.see(self._endpoint.counts())
         if findings:
             raise GenerationRefusedError(self._generation.number, findings)
 

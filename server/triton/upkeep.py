@@ -16,6 +16,7 @@ import numpy as np
 
 from server.config import TritonSettings
 from server.errors import EndpointError, EndpointGoneError, EndpointSilentError, ModelSilentError, ServerError
+from server.generation import Segment
 from server.triton.asking import ask, ask_segment
 from server.triton.endpoint import Images
 from server.triton.fleet import Fleet, Member, State
@@ -66,8 +67,6 @@ class Upkeep:
         self._counted_seconds = 0.0
         self._tidied_seconds = 0.0
         self._num_failures = 0
-        # Not from 0: a server that starts again is to ask about other images than the one before.
-        self._num_probes = time.time_ns() >> 20
         self._tidied_life = member.life
         self._threads = [
             threading.Thread(target=self._watch, name=f"triton-watch {member.address}", daemon=True),
@@ -76,10 +75,15 @@ class Upkeep:
         for thread in self._threads:
             thread.start()
 
-    def close(self) -> None:
-        """Ends the threads; the endpoint must be closed before."""
+    def close(self, patience_seconds: float) -> None:
+        """Closes the endpoint and ends the threads.
+
+        Args:
+            patience_seconds: how long inferences under way may take to end.
+        """
         self._closed.set()
         self._member.wake.set()
+        self._endpoint.close(patience_seconds)
         for thread in self._threads:
             thread.join()
 
@@ -139,13 +143,13 @@ class Upkeep:
             self._probe(held, plan)
         except EndpointSilentError as error:
             if member.answered_seconds < now:
-                self._lose(error, life)
+                self._lose(error.reason, life)
                 self._endpoint.reconnect()
                 self._on_silence(member, error, ())
             else:
                 self._find_the_silent(held, plan, now, life)
         except EndpointGoneError as error:
-            self._lose(error, life)
+            self._lose(error.reason, life)
         except EndpointError as error:
             self._blame(error, plan, life)
 
@@ -171,16 +175,14 @@ class Upkeep:
             if self._member.proven.get(name, 0.0) >= since_seconds:
                 continue
             try:
-                ask_segment(
-                    self._endpoint, self._member.counters, held.generation.segments[name], self._settings.probe_timeout_seconds
-                )
+                self._probe_segment(held.generation.segments[name])
             except EndpointSilentError as error:
                 silent = ModelSilentError(self._member.address, f"{name}: {error.reason}")
                 self._blame(silent, plan, life)
                 self._on_silence(self._member, silent, (name,))
                 return
             except EndpointGoneError as error:
-                self._lose(error, life)
+                self._lose(error.reason, life)
                 return
             except EndpointError as error:
                 self._blame(type(error)(self._member.address, f"{name}: {error.reason}"), plan, life)
@@ -190,17 +192,24 @@ class Upkeep:
         self._fleet.blame(self._member, error, plan, life)
         self._on_change()
 
-    def _lose(self, error: EndpointError, life: int) -> None:
-        self._fleet.take_down(self._member, error.reason, life)
-        self._on_change()
+    def _lose(self, reason: str, life: int | None = None) -> None:
+        # Once it is closed, all that it says is that.
+        if not self._closed.is_set():
+            self._fleet.take_down(self._member, reason, life)
+            self._on_change()
 
     def _probe(self, held: HeldGeneration, plan: Plan) -> None:
         image = self._image(held, next(iter(plan.outputs)))
-        ask(self._endpoint, self._member.counters, plan, image, self._settings.probe_timeout_seconds)
+        with self._member.probing:
+            ask(self._endpoint, self._member.counters, plan, image, self._settings.probe_timeout_seconds)
         self._fleet.answered(self._member, plan)
 
+    def _probe_segment(self, segment: Segment) -> None:
+        with self._member.probing:
+            ask_segment(self._endpoint, self._member.counters, segment, self._settings.probe_timeout_seconds)
+
     def _image(self, held: HeldGeneration, name: str) -> Images:
-        """Returns an image that a task takes and nobody has asked about: what Triton has in a cache says nothing of whether it lives."""
+        """Returns an image that a task takes: a golden one while it can be read."""
         task = held.generation.tasks[name]
         image = self._images.get(task.image_size)
         if image is None:
@@ -209,9 +218,6 @@ class Upkeep:
             except (OSError, ValueError):
                 image = np.zeros((1, task.image_size, task.image_size, 3), dtype=np.uint8)
             self._images[task.image_size] = image
-        self._num_probes += 1
-        # The last pixel counts, within the range of colours.
-        image[0, -1, -1] = np.frombuffer(self._num_probes.to_bytes(8, "little")[:3], dtype=np.uint8)
         return image
 
     def _count(self) -> None:
@@ -254,10 +260,10 @@ class Upkeep:
                 self.bring(missing)
         except EndpointGoneError as error:
             self._num_failures = 0
-            self._fleet.take_down(member, error.reason)
+            self._lose(error.reason)
         except ServerError as error:
             self._num_failures += 1
-            self._fleet.take_down(member, str(error))
+            self._lose(str(error))
         else:
             self._num_failures = 0
             self._on_change()
@@ -277,7 +283,7 @@ class Upkeep:
                 self._fleet.mend(member, mended)
         except EndpointGoneError as error:
             self._num_failures = 0
-            self._lose(error, life)
+            self._lose(error.reason, life)
             return
         except EndpointError as error:
             _log.warning("still wrong: %s", error)
@@ -291,7 +297,7 @@ class Upkeep:
 
         def try_it() -> None:
             if segment is not None:
-                ask_segment(self._endpoint, self._member.counters, segment, self._settings.probe_timeout_seconds)
+                self._probe_segment(segment)
             else:
                 self._probe(held, plan)
 

@@ -21,8 +21,11 @@ from server.cli import main
 from server.client import AdminClient, Client
 from server.config import ServerSettings
 from server.embedded.sessions import open_session, probe_model
+from server.triton.process import TritonProcess
 from tests.support.images import encode
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
+from tests.support.serving import serving
+from tests.support.triton import triton_settings
 
 READY = re.compile(
     r"serving generation (\d+) \((\d+) tasks?\) at (127\.0\.0\.1:\d+), admin (127\.0\.0\.1:\d+)(?:, metrics (127\.0\.0\.1:\d+))?\n"
@@ -225,6 +228,35 @@ def usable_providers() -> list[str]:
         return list(open_session(probe_model(), "cuda").get_providers())
     except Exception:
         return []
+
+
+def test_status_tells_of_each_triton(
+    capsys: pytest.CaptureFixture[str], triton: TritonProcess, triton_folder: pathlib.Path
+) -> None:
+    number = RepositoryBuilder(triton_folder).publish({"digits": DIGITS})
+    told = triton_settings(triton_folder, triton)
+    with serving(triton_folder, engine=told.engine, triton=told.triton) as server:
+        status, out, _ = run_here(capsys, "status", "--admin", server.admin_address)
+    assert status == 0
+    assert f"triton 2.51.0 at {triton.addresses.grpc}, version" in out
+    assert re.search(rf"^Triton {triton.addresses.grpc} is serving since .* UTC, generation {number}$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--triton", "127.0.0.1:8001"), "engine.kind: found 'embedded', expected triton where Tritons are named"),
+        (("--engine", "triton"), "triton.endpoints: found 'none', expected HOST:PORT of a Triton"),
+        (("--engine", "triton", "--triton", "here"), "triton.endpoints.0: found 'here', expected HOST:PORT"),
+        (("--engine", "tritons"), "engine.kind: found 'tritons'"),
+    ],
+)
+def test_tritons_that_cannot_be_are_told_with_status_2(
+    capsys: pytest.CaptureFixture[str], builder: RepositoryBuilder, arguments: tuple[str, ...], words: str
+) -> None:
+    status, out, err = run_here(capsys, "serve", "--repository", builder.root, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
 
 
 def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:

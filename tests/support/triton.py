@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -164,9 +165,11 @@ def read_response(response: service_pb2.ModelInferResponse) -> dict[str, np.ndar
 
 def children(pid: int) -> list[int]:
     """Returns the processes that a process started, those that ended aside."""
-    found = [
-        int(child) for task in pathlib.Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    found: list[int] = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        # Threads come and go meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, (task / "children").read_text().split())
     return [child for child in found if is_alive(child)]
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from server.client import AsyncClient, ClassifyTasksResult
+from server.triton.process import TritonProcess
 from tests.support.repository import DIGITS, GREEK, HEBREW, SHORT, RepositoryBuilder, TaskPlan, answer, random_images
 from tests.support.serving import serving
-from tests.support.triton import triton_settings
+from tests.support.triton import Caller, triton_settings, wait_until
 
 IMAGES = random_images(8, 8, seed=6)
 
@@ -28,6 +29,15 @@ EMBEDDED: Systems = (
 TRITON: Systems = (EMBEDDED[0], {"digits": DIGITS, "moving": TaskPlan((*SHORT.route[:2], "head:moving:3"), SHORT.labels)})
 
 
+def segments_at(triton: TritonProcess) -> set[str]:
+    with Caller(triton.addresses.grpc) as caller:
+        return {name for name in caller.ready() if name.startswith("seg-")}
+
+
+def current_segments(builder: RepositoryBuilder) -> set[str]:
+    return {segment.name for segment in builder.read_manifest(builder.newest()).segments}
+
+
 @pytest.mark.parametrize(
     ("systems", "num_reloads"), [pytest.param(EMBEDDED, 25, id="embedded"), pytest.param(TRITON, 50, id="triton")]
 )
@@ -36,10 +46,12 @@ def test_no_failed_and_no_torn_answer(
 ) -> None:
     builder = RepositoryBuilder(tmp_path / "repository")
     settings: dict[str, Any] = {}
+    triton: TritonProcess | None = None
     if systems is TRITON:
+        triton = request.getfixturevalue("triton")
         builder = RepositoryBuilder(request.getfixturevalue("triton_folder"))
-        # What is not needed any more goes at once, so that each reload loads and unloads.
-        told = triton_settings(builder.root, request.getfixturevalue("triton"), unload_after_seconds=0.0)
+        # What is not needed any more goes soon, and at times it is waited for, so that what comes back has to be loaded again.
+        told = triton_settings(builder.root, triton, unload_after_seconds=0.2)
         settings = {"engine": told.engine, "triton": told.triton}
     first_number = builder.newest() + 1
     last_number = first_number + num_reloads
@@ -66,6 +78,8 @@ def test_no_failed_and_no_torn_answer(
                     assert time.monotonic() < deadline
                     assert not any(caller.done() for caller in callers)
                     await asyncio.sleep(0.005)
+                if triton is not None and number % 10 == 0:
+                    await asyncio.to_thread(wait_until, lambda: segments_at(triton) == current_segments(builder))
             stop.set()
             await asyncio.gather(*callers)
 

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from server.client import AdminClient, Client
@@ -221,6 +222,13 @@ def test_the_front_door_says_which_triton_is_wrong(
                 client.classify("digits", random_images(1, 8)[0])
             with AdminClient(server.admin_address) as admin:
                 assert [one.state for one in admin.status().endpoints] == ["down"]
+            with grpc.insecure_channel(server.address) as channel:
+                check = health_pb2_grpc.HealthStub(channel).Check
+                wait_until(lambda: check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING)
+                other.start()
+                wait_until(lambda: check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING)
+            assert client.classify("digits", random_images(1, 8)[0]).generation == two.number
+        os.kill(other.pid, signal.SIGKILL)
 
 
 def test_without_any_triton_it_does_not_start(builder: RepositoryBuilder, two: Generation) -> None:

@@ -97,6 +97,17 @@ def is_sound(engine: TritonEngine, triton: TritonProcess) -> bool:
     return found.state is State.SERVING and not found.reason
 
 
+def wait_until_sound(engine: TritonEngine, triton: TritonProcess) -> None:
+    """Waits until a Triton answers everything again. It is started if it ended, as who runs it would: at times it does so by itself."""
+
+    def is_back() -> bool:
+        if not triton.is_running:
+            triton.start()
+        return is_sound(engine, triton)
+
+    wait_until(is_back)
+
+
 class Asker:
     """Asks all the time, and keeps what failed."""
 
@@ -145,7 +156,7 @@ def test_a_triton_killed_while_it_infers_costs_no_answer(builder: RepositoryBuil
                 assert is_sound(engine, other)
                 # Back with nothing loaded, it is brought to the generation before it is asked: else the next kill would cost answers.
                 killed.start()
-                wait_until(lambda: is_sound(engine, killed))  # noqa: B023
+                wait_until_sound(engine, killed)
                 assert report(engine, killed).generations == (generation.number,)
         assert asker.errors == []
 
@@ -164,7 +175,7 @@ def test_where_the_only_triton_is_killed_the_error_says_so_until_it_is_back(
         assert isinstance(error, NoEndpointError)
         assert f"without a Triton that computes digits, greek ({only.addresses.grpc} is down: " in str(error)
         only.start()
-        wait_until(lambda: is_sound(engine, only))
+        wait_until_sound(engine, only)
         check(engine, generation)
         after = engine.statistics()
         # Counters go on where they were, though Triton's own began again.
@@ -204,7 +215,7 @@ def test_a_triton_killed_while_it_loads(builder: RepositoryBuilder, pair: list[T
             assert isinstance(outcome[0], NoEndpointError)
             assert pair[0].addresses.grpc in str(outcome[0])
         pair[0].start()
-        wait_until(lambda: is_sound(engine, pair[0]))
+        wait_until_sound(engine, pair[0])
         check(engine, first)
         engine.load(second)
         check(engine, second)
@@ -224,7 +235,7 @@ def test_a_segment_whose_process_is_lost_is_loaded_again(
             wait_until(lambda: report(engine, pair[0]).reason)
             assert report(engine, pair[0]).state is State.SERVING
             assert generation.tasks["digits"].route[1] in report(engine, pair[0]).reason
-            wait_until(lambda: is_sound(engine, pair[0]))
+            wait_until_sound(engine, pair[0])
         assert asker.errors == []
 
 
@@ -240,7 +251,7 @@ def test_what_needs_no_dead_segment_goes_on(builder: RepositoryBuilder, pair: li
         assert isinstance(error, NoEndpointError)
         assert f"{only.addresses.grpc} is serving: {head}: " in str(error)
         check(engine, generation, {"greek": GREEK})
-        wait_until(lambda: is_sound(engine, only))
+        wait_until_sound(engine, only)
         check(engine, generation)
 
 
@@ -251,7 +262,7 @@ def test_an_idle_dead_segment_is_noticed(builder: RepositoryBuilder, pair: list[
         pid = segment_process(pair[0], generation.tasks["digits"].route[-1])
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: report(engine, pair[0]).reason)
-        wait_until(lambda: is_sound(engine, pair[0]))
+        wait_until_sound(engine, pair[0])
         check(engine, generation)
 
 
@@ -267,7 +278,7 @@ def test_several_faults_at_once_are_mended(builder: RepositoryBuilder, pair: lis
             with Caller(pair[0].addresses.grpc) as caller:
                 caller.unload(generation.tasks["greek"].ensemble, generation.ensembles[8])
             wait_until(lambda: report(engine, pair[0]).reason)
-            wait_until(lambda: is_sound(engine, pair[0]))
+            wait_until_sound(engine, pair[0])
         assert asker.errors == []
 
 
@@ -284,7 +295,7 @@ def test_a_triton_that_hangs_is_given_up(builder: RepositoryBuilder, pair: list[
                 wait_until(lambda: asker.num_answers > before + 20)
             finally:
                 os.kill(pair[0].pid, signal.SIGCONT)
-            wait_until(lambda: is_sound(engine, pair[0]))
+            wait_until_sound(engine, pair[0])
         assert asker.errors == []
 
 
