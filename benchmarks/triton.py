@@ -275,7 +275,7 @@ def triton(layout: Layout) -> Iterator[Serving]:
     generation = Repository(layout.repository).read()
     with TritonProcess(find_environment(), layout.repository) as process:
         started = time.perf_counter()
-        with process.connect() as channel:
+        with grpc.insecure_channel(process.addresses.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             for name in generation.segments:
                 stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name=name))

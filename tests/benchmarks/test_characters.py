@@ -96,7 +96,7 @@ def test_settings_change_lengths_alone_and_whole_comparisons_come_first(name, tm
         assert all(task in recipe.tasks for task in written.tasks)
         assert written.search.auto_tune
         assert written.search.scale_factor == (settings.scale_factor if job.method == "search scaled" else 1)
-        assert ("--tune" in command) == job.method.endswith("tuned")
+        assert ("--tune" in command) == job.method.endswith("(tuned)")
     if name != "characters-smoke":
         assert written.tasks == recipe.tasks
 

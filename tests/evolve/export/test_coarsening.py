@@ -126,7 +126,7 @@ def test_it_costs_what_going_through_every_request_says_and_hardly_more_than_the
     assert num_bytes <= wanted.memory_factor * choice.shared.num_bytes
     assert choice.chosen.seconds <= choice.shared.seconds
     # Greedy: it stops where only several changes at once would gain.
-    assert seconds <= cheapest(routes, weights, wanted) * (1 + wanted.margin) * 1.1
+    assert seconds <= cheapest(routes, weights, wanted) * (1 + wanted.margin) * 1.25
 
 
 def test_nearly_always_it_finds_the_best():
