@@ -19,7 +19,7 @@ from evolve.export.segments import segment_of, units_of
 from evolve.export.settings import ExportSettings
 from evolve.flops import forward_flops
 from evolve.hyperparameters import Hyperparameters
-from evolve.layer import HEAD, NORM, Layer, Position, block_position
+from evolve.layer import HEAD, NORM, Layer, LayerSpec, Position, Tensors, block_position
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.specs import head_spec
 from evolve.store import System, TaskRecord
@@ -53,6 +53,20 @@ SMALL = Architecture("ViT-S/16 at 224 px", 384, 6, 12, 16, 224)
 CHARACTERS = Architecture("the bundled root: ViT-Ti/16, 3 blocks, 32 px", 192, 3, 3, 16, 32)
 TINY = Architecture("ViT-Ti/16 at 224 px", 192, 3, 12, 16, 224)
 SMOKE = Architecture("smoke: width 16, 3 blocks, 16 px", 16, 2, 3, 8, 16)
+
+
+def random_layers(architecture: Architecture) -> dict[Position, tuple[LayerSpec, Tensors]]:
+    """Returns the layers of a root of random weights by position, the same each time."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        img_size=architecture.image_size,
+        patch_size=architecture.patch_size,
+        embed_dim=architecture.width,
+        depth=architecture.blocks,
+        num_heads=architecture.heads,
+        num_classes=0,
+    )
+    return dict(decompose(vit, architecture.image_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +108,7 @@ def build(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, 
         architecture: of the root.
         tasks: for each task, the blocks of its own; final norm and head are always its own, all else is the root's.
     """
-    torch.manual_seed(0)
-    root = VisionTransformer(
-        img_size=architecture.image_size,
-        patch_size=architecture.patch_size,
-        embed_dim=architecture.width,
-        num_heads=architecture.heads,
-        depth=architecture.blocks,
-        num_classes=0,
-    )
-    system = System.create(folder / "system", decompose(root, architecture.image_size), architecture.image_size)
+    system = System.create(folder / "system", random_layers(architecture), architecture.image_size)
     for order, (name, own_blocks) in enumerate(tasks.items()):
         _add_task(system, name, order, {block_position(block) for block in own_blocks} | {NORM})
     return system

@@ -32,33 +32,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks.random_models import Architecture
+from benchmarks.random_models import SMOKE, Architecture, random_layers
 from benchmarks.reporting import Ratio, Report, Target, add_arguments, rounded
 from evolve.config import TrainingSettings
 from evolve.data.task import ImageSet, TaskData
 from evolve.flops import layer_flops
-from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Origin, TrainingLength
+from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, TrainingLength, plan_root_child
 from evolve.hyperparameters import Hyperparameters
-from evolve.layer import HEAD, NORM, Layer, LayerKind, Position, Tensors, block_position
-from evolve.path import ordered_positions
-from evolve.specs import adapter_spec, head_spec
+from evolve.layer import NORM, Layer, Position, Tensors, block_position
 from evolve.training.augmentation import NUM_DRAWS, augment
 from evolve.training.batches import BatchOrder, draws
 from evolve.training.device import repeatable, resolve_device
 from evolve.training.images import training_images
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.together import TogetherTrainer
-from evolve.vit import build_module, decompose, run_layers
+from evolve.vit import build_module, run_layers
 
 NUM_CLASSES = 10
 CHARACTERS = Architecture("ViT-Ti/16, 3 blocks at 32 px", 192, 3, 3, 16, 32)
 DEEP = Architecture("ViT-Ti/16, 12 blocks at 64 px", 192, 3, 12, 16, 64)
-SMOKE = Architecture("smoke: width 16, 3 blocks, 16 px", 16, 2, 3, 8, 16)
 
 
 class Root:
@@ -70,36 +66,25 @@ class Root:
     """
 
     def __init__(self, architecture: Architecture) -> None:
-        torch.manual_seed(0)
-        vit = VisionTransformer(
-            img_size=architecture.image_size,
-            patch_size=architecture.patch_size,
-            embed_dim=architecture.width,
-            depth=architecture.blocks,
-            num_heads=architecture.heads,
-            num_classes=0,
-        )
         self.architecture = architecture
-        made = decompose(vit, architecture.image_size)
+        made = random_layers(architecture)
         self.layers: dict[Position, Layer] = {position: Layer.of(*layer) for position, layer in made.items()}
         self.stored: dict[str, Tensors] = {self.layers[position].id: tensors for position, (_, tensors) in made.items()}
 
     def child(
-        self, index: int, trainable: Callable[[Position], bool], wanted: Hyperparameters, adapters: Sequence[int] = ()
+        self, index: int, trains: Callable[[Position], bool], wanted: Hyperparameters, adapters: Sequence[int] = ()
     ) -> ChildPlan:
         """Plans a child of the root, with a new head and new adapters."""
-        layers = []
-        width = self.architecture.width
-        for position in ordered_positions(self.architecture.blocks, adapters):
-            if position == HEAD:
-                layers.append(LayerPlan(position, head_spec(width, NUM_CLASSES), Origin.NEW, None))
-            elif position.kind is LayerKind.ADAPTER:
-                layers.append(LayerPlan(position, adapter_spec(width, wanted.adapter_width), Origin.NEW, None))
-            else:
-                layer = self.layers[position]
-                origin = Origin.CLONED if trainable(position) else Origin.SHARED
-                layers.append(LayerPlan(position, layer.spec, origin, layer))
-        return ChildPlan(index, "root", wanted, tuple(layers), (), seed=index)
+        return plan_root_child(
+            self.layers.__getitem__,
+            wanted,
+            num_classes=NUM_CLASSES,
+            trains=trains,
+            adapters=adapters,
+            parent_id="root",
+            index=index,
+            seed=index,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,16 +29,15 @@ from typing import Any, Protocol
 
 from evolve.closing import ActiveTask
 from evolve.errors import SettingsError, TrainerError
-from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Origin, Trainer, TrainingLength
+from evolve.generation import ChildPlan, ChildResult, GenerationPlan, Trainer, TrainingLength, plan_root_child
 from evolve.hyperparameters import Group, Hyperparameters, tunables
 from evolve.journal import FORMAT, Journal, Record, compressed_file, read_journal
-from evolve.layer import HEAD, NORM, PATCH_EMBED, POS_EMBED, LayerKind, Position
+from evolve.layer import HEAD, NORM, PATCH_EMBED, POS_EMBED, Layer, LayerKind, Position
 from evolve.opening import describe, differences
 from evolve.outcomes import remarks_on
-from evolve.path import Path, PlacedLayer, ordered_positions
+from evolve.path import Path, PlacedLayer
 from evolve.sampling import derive_generator, derive_seed
 from evolve.search import SearchPlan
-from evolve.specs import adapter_spec, head_spec
 from evolve.store import System
 from munet.names import similar_names
 
@@ -366,21 +365,23 @@ class _Baseline:
 
     def _plan_child(self, hyperparameters: Hyperparameters, seed: int) -> ChildPlan:
         root = self.system.root
-        width, patch_size = (root.layer(PATCH_EMBED).spec.integer(name) for name in ("width", "patch_size"))
-        adapters = range(root.num_blocks) if self.method.kind == "adapters" else ()
-        layers = []
-        for position in ordered_positions(root.num_blocks, adapters):
-            if position == HEAD:
-                layers.append(LayerPlan(position, head_spec(width, len(self.task.labels)), Origin.NEW, None))
-            elif position.kind is LayerKind.ADAPTER:
-                layers.append(LayerPlan(position, adapter_spec(width, hyperparameters.adapter_width), Origin.NEW, None))
-            else:
-                layer = root.layer(position)
-                if position == POS_EMBED:
-                    layer = self.system.position_embedding(hyperparameters.image_size // patch_size)
-                origin = Origin.CLONED if self.method.trains(position) else Origin.SHARED
-                layers.append(LayerPlan(position, layer.spec, origin, layer))
-        return ChildPlan(0, root.id, hyperparameters, tuple(layers), (), seed)
+
+        def layer_at(position: Position) -> Layer:
+            if position == POS_EMBED:
+                return self.system.position_embedding(
+                    hyperparameters.image_size // root.layer(PATCH_EMBED).spec.integer("patch_size")
+                )
+            return root.layer(position)
+
+        return plan_root_child(
+            layer_at,
+            hyperparameters,
+            num_classes=len(self.task.labels),
+            trains=self.method.trains,
+            adapters=range(root.num_blocks) if self.method.kind == "adapters" else (),
+            parent_id=root.id,
+            seed=seed,
+        )
 
     def _close(self) -> Record:
         """Tests the best interval of the best replica, the one look at the test split, and writes the last record."""

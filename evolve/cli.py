@@ -14,8 +14,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import rich.console
@@ -24,19 +23,19 @@ import typer
 
 from evolve import api
 from evolve.baseline import BaselinePlan, Method, is_finished
-from evolve.collecting import Collection, Kind, collect
+from evolve.collecting import collect
 from evolve.config import Experiment, load_settings
-from evolve.data.task import TaskData
 from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
 from evolve.export.coarsening import ENGINE_COSTS, Coarseness
 from evolve.export.settings import Precision, Target
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
-from evolve.progress import BaselineProgressObserver, ProgressObserver, loading, publishing
+from evolve.printing import counted, print_collection, print_summary
+from evolve.progress import BaselineProgressObserver, LoadingProgress, ProgressObserver, publishing
 from evolve.search import SearchPlan
 from evolve.store import System
-from evolve.summary import SystemSummary, summarise
+from evolve.summary import summarise
 from evolve.verification import verify as verify_system
 from evolve.watch import Watcher, follow, view
 
@@ -135,7 +134,7 @@ def run(
             system,
             tasks=task,
             unfinished="restart" if restart else "recover" if recover else "continue",
-            loading=_Loading(console),
+            loading=LoadingProgress(console),
             set_aside=tell_aside,
         )
         # With it, what is done from here on would be done over.
@@ -149,7 +148,7 @@ def run(
             on_closed=publish,
         )
     if not closed:
-        rounds_had = _counted(settings.search.rounds, "round")
+        rounds_had = counted(settings.search.rounds, "round")
         console.print(f"nothing to do: every task has {rounds_had}; --rounds asks for more", highlight=False, soft_wrap=True)
         # A process that was killed may have closed a task without publishing it.
         publish()
@@ -189,7 +188,7 @@ def baseline(
 
     with _saying_how_to_go_on():
         prepared = api.prepare(
-            settings, system, tasks=task, loading=_Loading(console), is_pending=is_pending, check_root=wanted.check
+            settings, system, tasks=task, loading=LoadingProgress(console), is_pending=is_pending, check_root=wanted.check
         )
         api.run_baselines(prepared.system, prepared.data, wanted, plan, observer=BaselineProgressObserver(console))
     if not prepared.data:
@@ -218,7 +217,7 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(summary), "lineage_hash": lineage}, indent=2))
     else:
-        _print_summary(summary, rich.console.Console())
+        print_summary(summary, rich.console.Console())
         typer.echo(f"lineage {lineage or 'unknown'}")
 
 
@@ -237,7 +236,7 @@ def report(
     content = write_report(System.open(system), out)
     for finding in content.findings:
         typer.echo(f"warning: {finding}", err=True)
-    tasks, searches = _counted(len(content.summary.tasks), "task"), len(content.searches)
+    tasks, searches = counted(len(content.summary.tasks), "task"), len(content.searches)
     typer.echo(f"{out / PAGE}: {tasks}, {searches} search{'' if searches == 1 else 'es'}")
 
 
@@ -278,7 +277,7 @@ def verify(system: SystemFolder) -> None:
     if findings:
         typer.echo(f"{len(findings)} things are wrong in {system}", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{system}: {_counted(len(opened.tasks()), 'task')}, every layer and path is as it was written")
+    typer.echo(f"{system}: {counted(len(opened.tasks()), 'task')}, every layer and path is as it was written")
 
 
 @app.command()
@@ -314,7 +313,7 @@ def gc(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(collection) | {"num_bytes": collection.num_bytes}, indent=2, default=str))
     else:
-        _print_collection(collection)
+        print_collection(collection)
 
 
 @app.command()
@@ -400,28 +399,6 @@ def _override(
     return Experiment.model_validate(values)
 
 
-class _Loading:
-    """Shows how the loading of data goes, and what was loaded; see evolve.api.LoadingObserver."""
-
-    def __init__(self, console: rich.console.Console) -> None:
-        self._console = console
-
-    def loading(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        return loading(self._console, task)
-
-    def loaded(self, data: TaskData, seconds: float) -> None:
-        from evolve.data.load import doubts_about_quality
-
-        counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
-        self._console.print(
-            f"{data.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({seconds:.1f} s)",
-            highlight=False,
-            soft_wrap=True,
-        )
-        for warning in (*data.warnings, *doubts_about_quality(data)):
-            typer.echo(f"warning: {data.name}: {warning}", err=True)
-
-
 def _write_scalars(folder: pathlib.Path) -> TensorBoardObserver:
     try:
         from evolve.tensorboard import TensorBoardObserver
@@ -496,56 +473,9 @@ def _export(
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date{choice}"
     return (
-        f"{repository}: published generation {result.generation}, {_counted(len(result.new_segments), 'new segment')}, "
+        f"{repository}: published generation {result.generation}, {counted(len(result.new_segments), 'new segment')}, "
         f"{len(result.reused_segments)} as before, {result.seconds:.1f} s{choice}"
     )
-
-
-def _print_summary(summary: SystemSummary, console: rich.console.Console) -> None:
-    table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("task", "classes", "quality", "test", "parameters", "own", "accounted"):
-        table.add_column(title, justify="left" if title == "task" else "right")
-    for task in summary.tasks:
-        table.add_row(
-            task.name + (" (private)" if task.private else ""),
-            str(task.num_classes),
-            f"{task.quality:.4f}",
-            "-" if task.test_accuracy is None else f"{task.test_accuracy:.4f}",
-            f"{task.num_parameters:,}",
-            f"{task.own_parameters:,}",
-            f"{task.accounted_parameters:,.0f}",
-        )
-    console.print(table)
-    for task in summary.tasks:
-        parts = [task.make_up(summary.root_blocks)]
-        if task.outcomes is not None:
-            parts += [f"{_counted(task.outcomes.trained, 'child', 'children')} trained", *task.outcomes.remarks]
-        console.print(f"{task.name}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
-    line = f"{_counted(summary.num_layers, 'distinct layer')} with {summary.num_parameters:,} parameters"
-    if len(summary.tasks) > 1:
-        line += f"; {len(summary.tasks)} separate models would have {summary.separate_parameters:,}"
-    console.print(line, highlight=False, soft_wrap=True)
-
-
-def _print_collection(collection: Collection) -> None:
-    for kind in Kind:
-        found = [one.num_bytes for one in collection.garbage if one.kind is kind]
-        if found:
-            typer.echo(f"{_counted(len(found), kind)}: {sum(found):,} bytes")
-    if collection.journals:
-        before, after = (sum(getattr(one, which) for one in collection.journals) for which in ("before", "after"))
-        what = "compressed" if collection.deleted else "to compress"
-        typer.echo(f"{_counted(len(collection.journals), 'journal')} {what}: {before:,} bytes to {after:,}")
-    if collection.unfinished:
-        typer.echo(f"kept for searches that are not finished: what {', '.join(collection.unfinished)} names")
-    if collection.deleted:
-        typer.echo(f"freed {collection.num_bytes:,} bytes")
-    else:
-        typer.echo(f"would free {collection.num_bytes:,} bytes; --delete does it")
-
-
-def _counted(number: int, noun: str, plural: str = "") -> str:
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from evolve.config import TrainingSettings
 from evolve.hyperparameters import Hyperparameters
 from evolve.judgement import intervals_until_hopeless
-from evolve.layer import Layer, LayerSpec, Position, Tensors
-from evolve.path import Path
+from evolve.layer import HEAD, PATCH_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
+from evolve.path import Path, ordered_positions
+from evolve.specs import adapter_spec, head_spec
 from munet.preprocessing import Pixels
 
 
@@ -76,6 +77,42 @@ class ChildPlan:
     mutations: tuple[str, ...]
     seed: int
     quality_to_beat: float | None = None
+
+
+def plan_root_child(
+    layer_at: Callable[[Position], Layer],
+    hyperparameters: Hyperparameters,
+    *,
+    num_classes: int,
+    trains: Callable[[Position], bool],
+    adapters: Iterable[int] = (),
+    parent_id: str,
+    index: int = 0,
+    seed: int,
+) -> ChildPlan:
+    """Plans a child of the root without a search: with a new head and new adapters, and all else cloned or shared.
+
+    Args:
+        layer_at: the root's layer at a position, of the patch embedding, blocks and all between them and the final norm.
+        hyperparameters: of the child; as many blocks as they say.
+        num_classes: of the head.
+        trains: tells of the position of a root's layer whether the child trains a copy of it.
+        adapters: blocks that get one.
+        parent_id: of the root.
+        index: number within the generation.
+        seed: of the new layers.
+    """
+    width = layer_at(PATCH_EMBED).spec.integer("width")
+    layers = []
+    for position in ordered_positions(hyperparameters.num_blocks, adapters):
+        if position == HEAD:
+            layers.append(LayerPlan(position, head_spec(width, num_classes), Origin.NEW, None))
+        elif position.kind is LayerKind.ADAPTER:
+            layers.append(LayerPlan(position, adapter_spec(width, hyperparameters.adapter_width), Origin.NEW, None))
+        else:
+            layer = layer_at(position)
+            layers.append(LayerPlan(position, layer.spec, Origin.CLONED if trains(position) else Origin.SHARED, layer))
+    return ChildPlan(index, parent_id, hyperparameters, tuple(layers), (), seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,11 @@
 # `pip` names, and for Q3, at the end, onnx, onnxscript, onnxruntime and grpcio with its companions. Without it the runs stop at the first
 # import. Nothing outside $SITE and $WORK is written; $WORK must outlive the calls. Lines go to $OUT/characters.jsonl too, if $OUT is set.
 set -eu
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/munet-gpu
-SITE=${SITE:-$cache/site}
-WORK=${WORK:-$cache/characters}
 WHEELS=${1:?the folder with the wheels}
 shift
-for wheel in "$WHEELS"/*.whl; do
-    [ ! -e "$wheel" ] || python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" "$wheel"
-done
-top=$(cd "$(dirname "$0")/../.." && pwd)
+. "$(dirname "$0")/prepare.sh"
+WORK=${WORK:-$cache/characters}
 cd "$top"
-export PYTHONPATH="$SITE:$top" PYTHONUNBUFFERED=1
 mkdir -p "$WORK"
 timeout 540 python3 -m benchmarks.characters --settings benchmarks/settings/characters-gpu.toml --work "$WORK" --minutes 7.5 --workers 8 "$@" \
     > "$WORK/lines.jsonl"

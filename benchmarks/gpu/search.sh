@@ -9,16 +9,10 @@
 # the calls. What `munet-evolve show --json` says goes to $OUT/search.json too, if $OUT is set. DEVICE=cpu tries the script without a GPU;
 # SECONDS_A_CALL is how long one call searches.
 set -eu
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/munet-gpu
-SITE=${SITE:-$cache/site}
-WORK=${WORK:-$cache/search}
 WHEELS=${1:?the folder with the wheels}
-for wheel in "$WHEELS"/*.whl; do
-    [ ! -e "$wheel" ] || python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" "$wheel"
-done
-top=$(cd "$(dirname "$0")/../.." && pwd)
+. "$(dirname "$0")/prepare.sh"
+WORK=${WORK:-$cache/search}
 experiment=${2:-$top/evolve/recipes/characters.toml}
-export PYTHONPATH="$SITE:$top" PYTHONUNBUFFERED=1
 mkdir -p "$WORK"
 status=0
 # The first signal lets the running child end cleanly.

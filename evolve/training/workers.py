@@ -14,10 +14,12 @@ import concurrent.futures.process
 import dataclasses
 import multiprocessing
 import os
+import pathlib
 import signal
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
@@ -25,6 +27,9 @@ from evolve.errors import WorkersDiedError
 from evolve.generation import ChildPlan, Examples, GenerationPlan, PackResult, Trainer
 from evolve.path import Path
 from evolve.store import System
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 MOST_DEATHS = 3
 """So many times in a row, without one pack finished between, workers may die before it is an error."""
@@ -148,17 +153,16 @@ def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:
 # What runs in the workers
 
 
-def _begin(counter: object, *arguments: object) -> None:
+def _begin(counter: Synchronized[int], folder: pathlib.Path, data: TaskData, settings: TrainingSettings) -> None:
     global _trainer
     # Whoever started them decides when they end: Ctrl-C goes to all processes of a terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, daemon=True).start()
-    folder, data, settings = arguments
-    with counter.get_lock():  # type: ignore[attr-defined]  # a multiprocessing Value has no public type
-        number = counter.value  # type: ignore[attr-defined]
-        counter.value += 1  # type: ignore[attr-defined]
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
     _choose_gpu(number)
-    _trainer = make_trainer(System.open(folder), data, settings)  # type: ignore[arg-type]
+    _trainer = make_trainer(System.open(folder), data, settings)
 
 
 def _end_with_owner() -> None:

@@ -7,7 +7,6 @@ segment, rows go straight to the queues of their next segments.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import logging
 import math
 import threading
@@ -23,9 +22,9 @@ from server.embedded.carriers import Carrier, Transfers, Values, carrier_of
 from server.embedded.scheduler import Decision, Lane, Rows, Scheduler
 from server.embedded.sessions import SegmentSession, prepare_device, prepare_process
 from server.engine import Logits, Question, SegmentStatistics, check_question
-from server.errors import DeadlineError, EngineClosedError, NotLoadedError, OverloadedError, SegmentRunError, ServerError
+from server.errors import DeadlineError, EngineClosedError, SegmentRunError, ServerError
 from server.generation import Generation
-from server.questions import Branch, LoadedGeneration, OpenQuestion, Settlement, completion, failure, settle_all
+from server.questions import Branch, LoadedGeneration, OpenQuestion, OpenQuestions, Settlement, completion, settle_all
 
 _log = logging.getLogger(__name__)
 
@@ -55,13 +54,11 @@ class EmbeddedEngine:
         self._work = threading.Condition(self._lock)
         self._loading = threading.Lock()
         self._scheduler: Scheduler[Cargo] = Scheduler()
-        self._open: dict[int, OpenQuestion] = {}
+        self._questions = OpenQuestions(OpenQuestion, settings, clock, self._ended)
         self._loaded: dict[Generation, LoadedGeneration] = {}
         self._retiring: set[LoadedGeneration] = set()
         self._sessions: dict[str, SegmentSession] = {}
         self._counters: dict[str, SegmentCounters] = {}
-        self._numbers = itertools.count(1)
-        self._num_planned = 0
         self._closed = False
         self._workers = [
             threading.Thread(target=self._run_worker, name=f"engine-{index}", daemon=True)
@@ -152,7 +149,7 @@ class EmbeddedEngine:
         """Fails what is open, frees everything and ends the workers. See `Engine.close`."""
         with self._lock:
             self._closed = True
-            settlements = [settle for number in list(self._open) for settle in self._fail(number, EngineClosedError())]
+            settlements = self._questions.fail_all(EngineClosedError)
             self._work.notify_all()
         settle_all(settlements)
         for worker in self._workers:
@@ -164,26 +161,9 @@ class EmbeddedEngine:
         self._carrier.close()
 
     def _admit(self, question: Question) -> OpenQuestion:
-        now = self._clock()
-        loaded = self._loaded.get(question.generation)
         if self._closed:
             raise EngineClosedError
-        if loaded is None:
-            raise NotLoadedError(question.generation.number)
-        if question.deadline_seconds is not None and question.deadline_seconds <= now:
-            raise DeadlineError
-        due_seconds = now + self._settings.patience_seconds
-        if question.deadline_seconds is not None:
-            due_seconds = min(due_seconds, question.deadline_seconds)
-        opened = OpenQuestion(next(self._numbers), question, loaded, due_seconds)
-        # A question larger than the bound is answered when nothing else is open: the front door's limits bound its size. Rehearsals, few
-        # and small, are always let in: a server that is busy must not refuse a good generation for that.
-        if question.counted and self._num_planned and self._num_planned + opened.num_planned > self._settings.max_waiting_rows:
-            raise OverloadedError("rows of open questions", self._num_planned, self._settings.max_waiting_rows)
-        self._open[opened.number] = opened
-        self._num_planned += opened.num_planned
-        loaded.num_open += 1
-        return opened
+        return self._questions.admit(question, self._loaded.get(question.generation))
 
     def _enqueue(self, opened: OpenQuestion, branch: Branch, values: Values, first_image: int) -> None:
         segment = opened.loaded.generation.segments[branch.segment]
@@ -215,7 +195,7 @@ class EmbeddedEngine:
                 # with the rows still in the cache of its core.
                 if self._scheduler.num_rows:
                     self._work.notify()
-                settlements = [settle for number in decision.expired for settle in self._fail(number, DeadlineError())]
+                settlements = [settle for number in decision.expired for settle in self._questions.fail(number, DeadlineError())]
                 session = self._sessions[decision.batch[0].lane.segment] if decision.batch else None
             settle_all(settlements)
             if session is not None:
@@ -254,7 +234,7 @@ class EmbeddedEngine:
 
     def _fail_batch(self, decision: Decision[Cargo], error: SegmentRunError) -> None:
         with self._lock:
-            settlements = [settle for rows in decision.batch for settle in self._fail(rows.request, error)]
+            settlements = [settle for rows in decision.batch for settle in self._questions.fail(rows.request, error)]
         settle_all(settlements)
 
     def _distribute(self, segment: str, batch: Iterable[Rows[Cargo]], answer: Values, sound: bool) -> Iterable[Settlement]:
@@ -264,7 +244,7 @@ class EmbeddedEngine:
             values = answer[start : start + rows.count]
             start += rows.count
             opened = rows.payload.open_question
-            if opened.number not in self._open:
+            if opened not in self._questions:
                 continue
             first_image = rows.payload.first_image + rows.first
             for branch in rows.payload.branch.children.values():
@@ -273,34 +253,21 @@ class EmbeddedEngine:
                 continue
             if not isinstance(values, np.ndarray) or not (sound or np.isfinite(values).all()):
                 # As float16 gives where it overflows: no answer, and no business of the other rows'.
-                yield from self._fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
+                yield from self._questions.fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
                 continue
             for task in rows.payload.branch.leaves:
                 if opened.put(task, first_image, values):
-                    self._end(opened)
+                    self._questions.end(opened)
                     yield completion(opened)
 
     def _abandon(self, number: int) -> None:
-        """Forgets a question that its caller cancelled."""
         with self._lock:
-            opened = self._open.get(number)
-            if opened is not None:
-                self._end(opened)
+            self._questions.abandon(number)
 
-    def _fail(self, number: int, error: ServerError) -> list[Settlement]:
-        opened = self._open.get(number)
-        if opened is None:
-            return []
-        self._end(opened)
-        return [failure(opened, error)]
-
-    def _end(self, opened: OpenQuestion) -> None:
-        """Takes a question out of the books; completing its future is up to the caller."""
-        del self._open[opened.number]
+    def _ended(self, opened: OpenQuestion) -> None:
+        """Drops what a question that is open no longer has waiting, and what only its generation needed."""
         self._scheduler.drop(opened.number)
-        self._num_planned -= opened.num_planned
-        opened.loaded.num_open -= 1
-        if opened.loaded.retired and not opened.loaded.num_open:
+        if opened.loaded.is_over:
             self._retiring.discard(opened.loaded)
             self._free_unused()
 

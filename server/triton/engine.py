@@ -28,14 +28,12 @@ from server.errors import (
     ModelMissingError,
     ModelSilentError,
     NoEndpointError,
-    NotLoadedError,
-    OverloadedError,
     SegmentRunError,
     ServerError,
     SettingsError,
 )
 from server.generation import Generation
-from server.questions import Settlement, completion, failure, settle_all
+from server.questions import OpenQuestions, Settlement, completion, settle_all
 from server.triton.asking import filled_up
 from server.triton.endpoint import Access, Endpoint, segments_in, to_request
 from server.triton.fleet import EndpointReport, Fleet, Member, State
@@ -68,8 +66,6 @@ class TritonEngine:
 
     def __init__(self, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings.triton
-        self._max_waiting_rows = settings.engine.max_waiting_rows
-        self._patience_seconds = settings.engine.patience_seconds
         self._clock = clock
         if not settings.triton.endpoints:
             raise SettingsError("triton.endpoints", "none", "HOST:PORT of a Triton, such as --triton 127.0.0.1:8001")
@@ -79,10 +75,9 @@ class TritonEngine:
         self._work = threading.Condition(self._lock)
         self._loading = threading.Lock()
         self._numbers = itertools.count(1)
-        self._open: dict[int, AskedQuestion] = {}
+        self._questions = OpenQuestions(AskedQuestion, settings.engine, clock, self._ended)
         self._waiting: list[tuple[float, int, Part]] = []
         self._flights: set[Flight] = set()
-        self._num_planned = 0
         self._requested: dict[str, int] = {}
         self._closed = False
         self._upkeep = {
@@ -190,7 +185,7 @@ class TritonEngine:
         """Fails what is open and ends the engine's threads; what the Tritons hold stays there. See `Engine.close`."""
         with self._lock:
             self._closed = True
-            settlements = [settle for number in list(self._open) for settle in self._fail(number, EngineClosedError())]
+            settlements = self._questions.fail_all(EngineClosedError)
             self._work.notify_all()
         settle_all(settlements)
         self._sender.join()
@@ -257,25 +252,9 @@ class TritonEngine:
     # Questions
 
     def _admit(self, question: Question) -> AskedQuestion:
-        now = self._clock()
-        held = self._fleet.loaded.get(question.generation)
         if self._closed:
             raise EngineClosedError
-        if held is None:
-            raise NotLoadedError(question.generation.number)
-        if question.deadline_seconds is not None and question.deadline_seconds <= now:
-            raise DeadlineError
-        due_seconds = now + self._patience_seconds
-        if question.deadline_seconds is not None:
-            due_seconds = min(due_seconds, question.deadline_seconds)
-        opened = AskedQuestion(next(self._numbers), question, held, due_seconds)
-        # As in the embedded engine: a large question goes alone, and rehearsals are few.
-        if question.counted and self._num_planned and self._num_planned + opened.num_planned > self._max_waiting_rows:
-            raise OverloadedError("rows of open questions", self._num_planned, self._max_waiting_rows)
-        self._open[opened.number] = opened
-        self._num_planned += opened.num_planned
-        held.num_open += 1
-        return opened
+        return self._questions.admit(question, self._fleet.loaded.get(question.generation))
 
     def _enqueue(self, part: Part) -> None:
         heapq.heappush(self._waiting, (part.opened.due_seconds, next(self._numbers), part))
@@ -315,9 +294,9 @@ class TritonEngine:
             part = self._waiting[0][2]
             opened = part.opened
             question = opened.question
-            if opened.number in self._open:
+            if opened in self._questions:
                 if question.deadline_seconds is not None and question.deadline_seconds <= now:
-                    settlements += self._fail(opened.number, DeadlineError())
+                    settlements += self._questions.fail(opened.number, DeadlineError())
                 else:
                     able = self._fleet.able(question.generation, opened.plan, part.tried)
                     if able:
@@ -329,7 +308,9 @@ class TritonEngine:
                         self._flights.add(flight)
                         flights.append(flight)
                     else:
-                        settlements += self._fail(opened.number, NoEndpointError(question.tasks, self._fleet.troubles()))
+                        settlements += self._questions.fail(
+                            opened.number, NoEndpointError(question.tasks, self._fleet.troubles())
+                        )
             heapq.heappop(self._waiting)
         return flights, settlements
 
@@ -366,7 +347,7 @@ class TritonEngine:
                 settlements = self._retry(flight, answer) if isinstance(answer, ServerError) else self._put(flight, answer)
             except Exception as error:
                 # An answer that is none must not leave its question open.
-                settlements = self._fail(part.opened.number, SegmentRunError(part.opened.plan.ensemble, repr(error)))
+                settlements = self._questions.fail(part.opened.number, SegmentRunError(part.opened.plan.ensemble, repr(error)))
             self._work.notify_all()
         settle_all(settlements)
 
@@ -388,7 +369,7 @@ class TritonEngine:
         is_counted = opened.question.counted
         self._fleet.answered(member, plan)
         member.counters.answered(plan.tree, num_rows, num_rows - part.count if is_counted else num_rows)
-        if opened.number not in self._open:
+        if opened not in self._questions:
             return []
         if is_counted:
             for branch in plan.tree.branches:
@@ -397,10 +378,10 @@ class TritonEngine:
         for task, values in rows.items():
             if not np.isfinite(values).all():
                 segment = opened.question.generation.tasks[task].route[-1]
-                return self._fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
+                return self._questions.fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
         for task, values in rows.items():
             if opened.put(task, part.first, values):
-                self._end(opened)
+                self._questions.end(opened)
                 return [completion(opened)]
         return []
 
@@ -415,37 +396,24 @@ class TritonEngine:
             self._fleet.blame(member, error, opened.plan, life)
             part.tried.add((member, life))
         elif not isinstance(error, EndpointError):
-            return self._fail(opened.number, error)
+            return self._questions.fail(opened.number, error)
         elif part.is_alone:
             segment = min(segments_in(error.reason), default=opened.plan.ensemble)
-            return self._fail(opened.number, SegmentRunError(segment, error.reason))
+            return self._questions.fail(opened.number, SegmentRunError(segment, error.reason))
         else:
             # Another question's row may have run in the same batch and be to blame: once more, in a batch of its own.
             part.is_alone = True
-        if opened.number in self._open:
+        if opened in self._questions:
             self._enqueue(part)
         return []
 
     def _abandon(self, number: int) -> None:
-        """Forgets a question that its caller cancelled."""
         with self._lock:
-            opened = self._open.get(number)
-            if opened is not None:
-                self._end(opened)
+            self._questions.abandon(number)
 
-    def _fail(self, number: int, error: ServerError) -> list[Settlement]:
-        opened = self._open.get(number)
-        if opened is None:
-            return []
-        self._end(opened)
-        return [failure(opened, error)]
-
-    def _end(self, opened: AskedQuestion) -> None:
-        """Takes a question out of the books; completing its future is up to the caller. What a Triton has of it runs to its end there."""
-        del self._open[opened.number]
-        self._num_planned -= opened.num_planned
-        opened.loaded.num_open -= 1
-        if opened.loaded.retired and not opened.loaded.num_open:
+    def _ended(self, opened: AskedQuestion) -> None:
+        """Drops what only the generation of a question needed that is open no longer. What a Triton has of it runs to its end there."""
+        if opened.loaded.is_over:
             self._fleet.retiring.discard(opened.loaded)
             self._free_unused()
 

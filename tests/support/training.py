@@ -9,7 +9,7 @@ import numpy as np
 
 from evolve.adapter import initial_tensors
 from evolve.data.task import ImageSet, TaskData
-from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Origin, TrainingLength
+from evolve.generation import ChildPlan, ChildResult, GenerationPlan, TrainingLength, plan_root_child
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import (
     CLASS_TOKEN,
@@ -25,9 +25,8 @@ from evolve.layer import (
     adapter_position,
     block_position,
 )
-from evolve.path import Path, PlacedLayer, ordered_positions
+from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import position_embedding_spec
-from evolve.specs import adapter_spec, head_spec
 
 WIDTH, PATCH_SIZE, IMAGE_SIZE, NUM_BLOCKS, NUM_CLASSES = 16, 8, 16, 2, 3
 
@@ -93,17 +92,16 @@ class TinyRoot:
         seed: int = 5,
     ) -> ChildPlan:
         """Plans a child of the root; its head and adapters are new."""
-        layers = []
-        for position in ordered_positions(NUM_BLOCKS, adapters):
-            if position == HEAD:
-                layers.append(LayerPlan(position, head_spec(WIDTH, NUM_CLASSES), Origin.NEW, None))
-            elif position.kind is LayerKind.ADAPTER:
-                layers.append(LayerPlan(position, adapter_spec(WIDTH, hyperparameters.adapter_width), Origin.NEW, None))
-            else:
-                layer = self.layers[position]
-                origin = Origin.CLONED if trainable(position) else Origin.SHARED
-                layers.append(LayerPlan(position, layer.spec, origin, layer))
-        return ChildPlan(index, "root", hyperparameters, tuple(layers), (), seed)
+        return plan_root_child(
+            self.layers.__getitem__,
+            hyperparameters,
+            num_classes=NUM_CLASSES,
+            trains=trainable,
+            adapters=adapters,
+            parent_id="root",
+            index=index,
+            seed=seed,
+        )
 
     def path(self, child: ChildPlan, result: ChildResult) -> tuple[Path, Mapping[str, Tensors]]:
         """Returns the path that a trained child is, and the weights of all its layers."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,10 +20,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
 from server.config import ServerSettings
+from server.triton.engine import TritonEngine
 from server.triton.environment import TritonEnvironment, find_environment
 from server.triton.process import TritonProcess
 from tests.support.processes import TOP
 from tests.support.processes import environment as variables
+from tests.support.repository import RepositoryBuilder
 from tests.support.serving import ENGINE, server_settings
 
 FOLDER = TOP / ".triton"
@@ -104,6 +106,16 @@ def triton_settings(repository: pathlib.Path, *tritons: TritonProcess, **overrid
         "start_seconds": 10.0,
     }
     return server_settings(repository, engine=ENGINE.model_copy(update={"kind": "triton"}), triton=triton | overrides)
+
+
+@contextlib.contextmanager
+def engine_on(builder: RepositoryBuilder, *tritons: TritonProcess, **settings: object) -> Iterator[TritonEngine]:
+    """An engine on these Tritons, closed after the block."""
+    engine = TritonEngine(triton_settings(builder.root, *tritons, **settings))
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def segment_process(process: TritonProcess, segment: str) -> int:

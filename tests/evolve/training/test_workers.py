@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from evolve import api
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
 from evolve.errors import WorkersDiedError
-from evolve.generation import GenerationPlan
+from evolve.generation import GenerationPlan, PackResult
 from evolve.lineage import lineage_hash
 from evolve.path import ordered_positions
 from evolve.search import SearchPlan
@@ -69,20 +70,14 @@ def test_a_search_that_was_begun_with_one_worker_goes_on_with_more(system: Syste
     class Stopped(Exception):
         pass
 
-    def dies(system: System, data: object) -> OneByOneTrainer:
-        trainer = OneByOneTrainer(DATA, system.tensors, SETTINGS)
-        train = trainer.train
-
-        def some(plan: GenerationPlan):
-            yield next(iter(train(plan)))
+    class StoppingTrainer(OneByOneTrainer):
+        def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
+            yield next(super().train(plan))
             raise Stopped
-
-        trainer.train = some  # type: ignore[method-assign]
-        return trainer
 
     alone = dataclasses.replace(PLAN, training=SETTINGS.model_copy(update={"workers": 1}))
     with pytest.raises(Stopped):
-        api.run_tasks(system, [DATA], alone, make_trainer=dies)
+        api.run_tasks(system, [DATA], alone, make_trainer=lambda system, data: StoppingTrainer(data, system.tensors, SETTINGS))
     assert api.run_tasks(system, [DATA], PLAN) == ["easy"]
 
 

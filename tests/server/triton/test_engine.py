@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -28,7 +26,7 @@ from server.triton.engine import TritonEngine
 from server.triton.process import TritonAddresses, TritonProcess
 from tests.support.repository import DIGITS, GREEK, HEBREW, MAX_BATCH_SIZE, TASKS, RepositoryBuilder, answer, random_images
 from tests.support.serving import serving
-from tests.support.triton import Caller, environment, segment_process, triton_settings, wait_until
+from tests.support.triton import Caller, engine_on, environment, segment_process, triton_settings, wait_until
 
 SMALL = ("digits", "greek", "hebrew", "short")
 
@@ -47,15 +45,6 @@ def generation(builder: RepositoryBuilder) -> Generation:
 def two(builder: RepositoryBuilder) -> Generation:
     """A smaller one, for Tritons that start for one test."""
     return Repository(builder.root).read(builder.publish({"digits": DIGITS, "greek": GREEK}))
-
-
-@contextlib.contextmanager
-def engine_on(builder: RepositoryBuilder, *tritons: TritonProcess, **settings: object) -> Iterator[TritonEngine]:
-    engine = TritonEngine(triton_settings(builder.root, *tritons, **settings))
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def settled(caller: Caller) -> dict[str, tuple[int, int]]:

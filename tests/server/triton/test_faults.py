@@ -27,7 +27,7 @@ from server.triton.engine import TritonEngine
 from server.triton.fleet import EndpointReport, State
 from server.triton.process import TritonProcess
 from tests.support.repository import DIGITS, GREEK, HEBREW, RepositoryBuilder, TaskPlan, answer, random_images
-from tests.support.triton import Caller, environment, segment_process, triton_settings, wait_until
+from tests.support.triton import Caller, engine_on, environment, segment_process, wait_until
 
 IMAGES = random_images(3, 8, seed=11)
 PLANS = {"digits": DIGITS, "greek": GREEK}
@@ -61,15 +61,6 @@ def pair(tritons: list[TritonProcess]) -> list[TritonProcess]:
 @pytest.fixture
 def builder(folder: pathlib.Path) -> RepositoryBuilder:
     return RepositoryBuilder(folder)
-
-
-@contextlib.contextmanager
-def engine_on(builder: RepositoryBuilder, *tritons: TritonProcess, **settings: object) -> Iterator[TritonEngine]:
-    engine = TritonEngine(triton_settings(builder.root, *tritons, **settings))
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def publish(builder: RepositoryBuilder, **plans: TaskPlan) -> Generation:

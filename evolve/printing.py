@@ -1,0 +1,60 @@
+"""What commands print of a system and of its garbage, as tables and sentences."""
+
+from __future__ import annotations
+
+import rich.console
+import rich.table
+import typer
+
+from evolve.collecting import Collection, Kind
+from evolve.summary import SystemSummary
+
+
+def print_summary(summary: SystemSummary, console: rich.console.Console) -> None:
+    """Prints the tasks of a system, what each is made of, and what they share."""
+    table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "classes", "quality", "test", "parameters", "own", "accounted"):
+        table.add_column(title, justify="left" if title == "task" else "right")
+    for task in summary.tasks:
+        table.add_row(
+            task.name + (" (private)" if task.private else ""),
+            str(task.num_classes),
+            f"{task.quality:.4f}",
+            "-" if task.test_accuracy is None else f"{task.test_accuracy:.4f}",
+            f"{task.num_parameters:,}",
+            f"{task.own_parameters:,}",
+            f"{task.accounted_parameters:,.0f}",
+        )
+    console.print(table)
+    for task in summary.tasks:
+        parts = [task.make_up(summary.root_blocks)]
+        if task.outcomes is not None:
+            parts += [f"{counted(task.outcomes.trained, 'child', 'children')} trained", *task.outcomes.remarks]
+        console.print(f"{task.name}: {'; '.join(parts)}", highlight=False, markup=False, soft_wrap=True)
+    line = f"{counted(summary.num_layers, 'distinct layer')} with {summary.num_parameters:,} parameters"
+    if len(summary.tasks) > 1:
+        line += f"; {len(summary.tasks)} separate models would have {summary.separate_parameters:,}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_collection(collection: Collection) -> None:
+    """Prints what was, or would be, removed and compressed."""
+    for kind in Kind:
+        found = [one.num_bytes for one in collection.garbage if one.kind is kind]
+        if found:
+            typer.echo(f"{counted(len(found), kind)}: {sum(found):,} bytes")
+    if collection.journals:
+        before, after = (sum(getattr(one, which) for one in collection.journals) for which in ("before", "after"))
+        what = "compressed" if collection.deleted else "to compress"
+        typer.echo(f"{counted(len(collection.journals), 'journal')} {what}: {before:,} bytes to {after:,}")
+    if collection.unfinished:
+        typer.echo(f"kept for searches that are not finished: what {', '.join(collection.unfinished)} names")
+    if collection.deleted:
+        typer.echo(f"freed {collection.num_bytes:,} bytes")
+    else:
+        typer.echo(f"would free {collection.num_bytes:,} bytes; --delete does it")
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun, such as `1 task` or `2 children`; `plural` where an s does not make it."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
