@@ -31,8 +31,8 @@ from evolve.export.settings import Precision, Target
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
-from evolve.printing import counted, print_collection, print_summary
-from evolve.progress import BaselineProgressObserver, LoadingProgress, ProgressObserver, publishing
+from evolve.printing import LoadingProgress, counted, print_collection, print_summary
+from evolve.progress import BaselineProgressObserver, ProgressObserver, publishing
 from evolve.search import SearchPlan
 from evolve.store import System
 from evolve.summary import summarise

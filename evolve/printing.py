@@ -1,13 +1,43 @@
-"""What commands print of a system and of its garbage, as tables and sentences."""
+"""What commands print of data, of a system and of its garbage, as tables and sentences."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import rich.console
 import rich.table
 import typer
 
 from evolve.collecting import Collection, Kind
+from evolve.data.task import TaskData
+from evolve.progress import loading
 from evolve.summary import SystemSummary
+
+
+class LoadingProgress:
+    """Shows how the loading of data goes, and what was loaded; see evolve.api.LoadingObserver."""
+
+    def __init__(self, console: rich.console.Console) -> None:
+        """Shows it on a console, warnings on standard error."""
+        self._console = console
+
+    def loading(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """See `loading`."""
+        return loading(self._console, task)
+
+    def loaded(self, data: TaskData, seconds: float) -> None:
+        """Prints how many images there are, and what is odd about them."""
+        from evolve.data.load import doubts_about_quality
+
+        counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
+        self._console.print(
+            f"{data.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({seconds:.1f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for warning in (*data.warnings, *doubts_about_quality(data)):
+            typer.echo(f"warning: {data.name}: {warning}", err=True)
 
 
 def print_summary(summary: SystemSummary, console: rich.console.Console) -> None:

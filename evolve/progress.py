@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 
 import rich.console
 import rich.progress
 
 from evolve.baseline import Method
-from evolve.data.task import TaskData
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
 from evolve.outcomes import Outcomes
@@ -47,31 +44,6 @@ def loading(console: rich.console.Console, task: str) -> Iterator[Callable[[int,
             console.print(f"{task}: {done} of {total} images read", highlight=False, markup=False, soft_wrap=True)
 
     yield tell
-
-
-class LoadingProgress:
-    """Shows how the loading of data goes, and what was loaded; see evolve.api.LoadingObserver."""
-
-    def __init__(self, console: rich.console.Console) -> None:
-        """Shows it on a console, warnings on standard error."""
-        self._console = console
-
-    def loading(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """See `loading`."""
-        return loading(self._console, task)
-
-    def loaded(self, data: TaskData, seconds: float) -> None:
-        """Prints how many images there are, and what is odd about them."""
-        from evolve.data.load import doubts_about_quality
-
-        counts = f"{len(data.train)} / {len(data.validation)} / {len(data.test) if data.test is not None else 0}"
-        self._console.print(
-            f"{data.name}: {len(data.labels)} classes, {counts} images to train, validate, test ({seconds:.1f} s)",
-            highlight=False,
-            soft_wrap=True,
-        )
-        for warning in (*data.warnings, *doubts_about_quality(data)):
-            sys.stderr.write(f"warning: {data.name}: {warning}\n")
 
 
 @contextlib.contextmanager
