@@ -22,15 +22,14 @@ from torch import nn
 from torch.nn import functional
 
 from evolve.generation import ChildPlan, LayerPlan
-from evolve.layer import LayerKind, LayerSpec, Position, Tensors
+from evolve.layer import LayerSpec, Position, Tensors
+from evolve.path import ordered_positions
 from evolve.training.child import initial_weights
 from evolve.training.optimiser import MomentumOptimiser, clip_jointly
 from evolve.vit import build_module, tensors_of
 
 Hidden = Mapping[int, torch.Tensor]
 """What each child, by its index, has at some position. Children with the same value have the very same tensor."""
-
-_ORDER = (LayerKind.PATCH_EMBED, LayerKind.CLASS_TOKEN, LayerKind.POS_EMBED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,9 @@ class PackModel:
                 raise ValueError(f"found no trainable layer in child {plan.index}, expected at least its head")
         self._bf16 = bf16
         self._frozen = _build_frozen(plans, tensors, device)
-        self._order = sorted({layer.position for plan in plans for layer in plan.layers}, key=_place)
+        used = {layer.position for plan in plans for layer in plan.layers}
+        blocks = range(max(plan.hyperparameters.num_blocks for plan in plans))
+        self._order = [position for position in ordered_positions(len(blocks), blocks) if position in used]
         self._trained: dict[Position, list[_TrainedLayer]] = {}
         for position in self._order:
             by_spec: dict[LayerSpec, dict[int, LayerPlan]] = {}
@@ -304,10 +305,3 @@ def _source_id(layer: LayerPlan) -> str:
     if layer.source is None:
         raise ValueError(f"found no weights of frozen layer {layer.position}, expected those of a stored layer")
     return layer.source.id
-
-
-def _place(position: Position) -> tuple[int, int, int]:
-    """Orders positions as paths have them."""
-    if position.block is not None:
-        return 1, position.block, position.kind is LayerKind.BLOCK
-    return (0, _ORDER.index(position.kind), 0) if position.kind in _ORDER else (2, position.kind is LayerKind.HEAD, 0)
