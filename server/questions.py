@@ -170,6 +170,14 @@ class OpenQuestions(Generic[Opened, Loaded]):
         self._numbers = itertools.count(1)
         self._num_planned = 0
 
+    @property
+    def num_planned(self) -> int:
+        """Rows of open questions: the work that the bound counts."""
+        return self._num_planned
+
+    def __len__(self) -> int:
+        return len(self._open)
+
     def __contains__(self, opened: Opened) -> bool:
         return opened.number in self._open
 

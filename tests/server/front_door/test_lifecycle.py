@@ -55,7 +55,7 @@ def test_a_deadline_frees_the_caller_and_the_engine(builder: RepositoryBuilder) 
         with pytest.raises(CallTimeoutError):
             client.classify("digits", list(IMAGES), timeout_seconds=0.3)
         assert time.monotonic() - started < 5
-        wait_until(lambda: not server.server.engine._open)
+        wait_until(lambda: len(server.server.engine._questions) == 0)
         brake.go_on.set()
         assert client.classify("digits", IMAGES[0]).classifications
         # Of the late request one batch had begun; the other rows never ran.
@@ -91,12 +91,12 @@ def test_cancelled_calls_cost_nothing_and_disturb_nobody(builder: RepositoryBuil
         brake = Brake(server.server.engine)
         logits = asyncio.run(ask(server.address, brake))
         assert len({answer.tobytes() for answer in logits}) == 1
-        wait_until(lambda: not server.server.engine._open)
+        wait_until(lambda: len(server.server.engine._questions) == 0)
         with Client(server.address) as client:
             route = client.get_task("digits").route
         counters = {segment.name: segment.rows_computed for segment in server.server.engine.statistics()}
         assert counters[route[-1]] <= 20
-        assert server.server.engine._num_planned == 0
+        assert server.server.engine._questions.num_planned == 0
 
 
 def test_too_much_at_once_is_refused_with_a_hint(builder: RepositoryBuilder) -> None:
