@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from tritonclient.grpc import model_config_pb2
 
+from server.cli import app
 from server.config import TritonSettings
-from server.errors import GenerationRefusedError
+from server.errors import GenerationRefusedError, ServerError
 from server.repository import Repository
 from server.triton.plans import HeldGeneration
 from server.triton.process import TritonProcess
@@ -241,6 +242,8 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> RepositoryBuilder:
 def triton(changed: RepositoryBuilder) -> Iterator[TritonProcess]:
     with TritonProcess(environment(), changed.root) as triton:
         yield triton
+        # Ending well would take it seconds, which prove nothing here.
+        os.kill(triton.pid, signal.SIGKILL)
 
 
 def break_segment(builder: RepositoryBuilder, number: int, name: str = "") -> str:
@@ -369,38 +372,49 @@ def test_faults_are_named_before_triton_starts(tmp_path: pathlib.Path, damage: C
         read_generation(Repository(tmp_path))
 
 
-def refuse(repository: pathlib.Path, *arguments: str | pathlib.Path) -> str:
-    result = server("triton", "run", "--repository", repository, *arguments)
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    return result.stderr
-
-
 def test_a_broken_segment_ends_it_with_status_2(tmp_path: pathlib.Path) -> None:
     builder = RepositoryBuilder(tmp_path / "repository")
     expected = break_segment(builder, builder.publish({"short": SHORT}))
     log = tmp_path / "log"
-    said = refuse(builder.root, "--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
+    arguments = ("--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
+    result = server("triton", "run", "--repository", builder.root, *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    said = result.stderr
     name = expected.split("'")[1]
     assert said.startswith(f"munet-server: generation 1 is refused: segment {name!r}: found ")
     assert "Protobuf parsing failed. (INVALID_ARGUMENT), expected a segment that Triton loads; export it again" in said
 
 
-def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path) -> None:
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the command in this process, which starts in no time, and returns the words of its error."""
+    # Its handlers would stay.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(repository: pathlib.Path, *arguments: str | pathlib.Path) -> str:
+        with pytest.raises(ServerError) as caught:
+            app(["triton", "run", "--repository", str(repository), *map(str, arguments)], standalone_mode=False)
+        return str(caught.value)
+
+    return run
+
+
+def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path, refuse: Callable[..., str]) -> None:
     builder = RepositoryBuilder(tmp_path / "repository")
     builder.publish({"short": SHORT})
     assert refuse(builder.root, "--environment", tmp_path / "nowhere") == (
-        f"munet-server: Triton's environment '{tmp_path}/nowhere': found no folder, expected the environment that Triton runs in; "
-        "run `make triton` in the checkout, or `munet-server triton install`\n"
+        f"Triton's environment '{tmp_path}/nowhere': found no folder, expected the environment that Triton runs in; "
+        "run `make triton` in the checkout, or `munet-server triton install`"
     )
 
 
 @pytest.mark.parametrize("arguments", [(), ("--no-load",)])
-def test_what_is_no_repository_is_refused(tmp_path: pathlib.Path, arguments: tuple[str, ...]) -> None:
+def test_what_is_no_repository_is_refused(tmp_path: pathlib.Path, arguments: tuple[str, ...], refuse: Callable[..., str]) -> None:
     assert "found a folder without the file CURRENT, expected a published generation" in refuse(tmp_path, *arguments)
 
 
-def test_what_is_no_address_is_refused(tmp_path: pathlib.Path) -> None:
-    assert refuse(tmp_path, "--http", "nowhere").startswith("munet-server: --http: found 'nowhere', expected HOST:PORT")
+def test_what_is_no_address_is_refused(tmp_path: pathlib.Path, refuse: Callable[..., str]) -> None:
+    assert refuse(tmp_path, "--http", "nowhere").startswith("--http: found 'nowhere', expected HOST:PORT")
 
 
 # Shared memory
