@@ -41,7 +41,7 @@ check: $(READY) ## Format, lint, types, import contracts, generated code
 bench-serve: $(READY) ## Measure S1, S4 and S5: routes in pieces beside whole models (8 minutes)
 	@$(BIN)/python -m benchmarks.serve --results benchmarks/results
 
-bench-triton: $(READY) triton ## Measure which engine when: embedded, Triton with shared and coarse segments, one model a task (13 minutes)
+bench-triton: $(READY) triton ## Measure which engine when: embedded, Triton with shared and coarse segments, one model a task, the front door on it (14 minutes)
 	@$(BIN)/python -m benchmarks.triton --results benchmarks/results
 
 bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training, in bytes and seconds (5 minutes)

@@ -484,11 +484,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def server_process(repository: pathlib.Path) -> Iterator[Server]:
-    """Serves a repository with default settings in a process of its own."""
+def server_process(repository: pathlib.Path, *arguments: str) -> Iterator[Server]:
+    """Serves a repository in a process of its own, with default settings but for these arguments."""
     command = [
         *(sys.executable, "-m", "server.cli", "serve", "--repository", str(repository)),
-        *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain", "0"),
+        *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain", "0", *arguments),
     ]
     environment = {**os.environ, "PYTHONPATH": str(TOP)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

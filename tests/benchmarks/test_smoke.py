@@ -139,6 +139,9 @@ def test_triton(tmp_path):
     assert 0 < figures["T4"]["value"] < math.inf
     servers = {(line["engine"], line["layout"]): line for line in lines[:-1] if "layout" in line}
     assert servers.keys() >= {("embedded", "shared"), ("triton", "shared"), ("triton", "one model per task")}
+    # The same Triton, and the front door.
+    (behind,) = [line for (engine, _), line in servers.items() if engine == "front door on triton"]
+    assert behind["pss_mib"] > servers["triton", behind["layout"]]["pss_mib"]
     # Two tasks, one of them with its own last block: stem and two blocks, two last blocks, two heads.
     assert {name: line["segments"] for name, line in servers.items() if name[1] == "shared"} == {
         ("embedded", "shared"): 5,
