@@ -18,6 +18,7 @@ SEARCHES = st.builds(
     generations=st.lists(PACKS, min_size=1, max_size=4).map(tuple),
     start=SECONDS,
     open=SECONDS,
+    read=SECONDS,
     plan=SECONDS,
     handle=SECONDS,
     examine=SECONDS,
@@ -28,7 +29,7 @@ SEARCHES = st.builds(
 def alone(search: Search) -> float:
     """What a search takes if nothing happens beside anything else."""
     packs = sum(map(len, search.generations))
-    fixed = search.start + search.open + search.close + len(search.generations) * search.plan
+    fixed = search.start + search.open + search.read + search.close + len(search.generations) * search.plan
     return fixed + packs * search.handle + search.work
 
 
