@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -91,7 +92,7 @@ class Path:
             raise KeyError(str(position))
         return found
 
-    @property
+    @functools.cached_property
     def layer_ids(self) -> frozenset[str]:
         """Ids of its distinct layers."""
         return frozenset(layer.id for _, layer in self.layers)

@@ -123,7 +123,7 @@ def run_rounds(
     for round_number in range(plan.search.rounds):
         for task, make_trainer in tasks:
             with system.locks.evolving(task.name):
-                record = system.tasks().get(task.name)
+                record = system.task(task.name)
                 if record is not None and record.rounds > round_number:
                     continue
                 evolve_task(system, task, make_trainer(), plan, observer)
