@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train format proto clean
+.PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train bench-scaling format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-early-stop: $(READY) ## Measure what early judgement saves, and at what lo
 
 bench-train: $(READY) ## Measure T1 to T5: children trained together beside one by one (10 minutes)
 	@$(BIN)/python -m benchmarks.train --results benchmarks/results
+
+bench-scaling: $(READY) ## Measure and simulate P1 to P4: what searches cost as tasks, children, layers and devices grow (7 minutes)
+	@$(BIN)/python -m benchmarks.scaling --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .
