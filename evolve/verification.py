@@ -34,8 +34,9 @@ def _findings(system: System) -> Iterator[str]:
         yield from _finding(system.check_layer, file.stem)
     for file in sorted((system.folder / "paths").glob("*.json")):
         yield from _finding(system.path, file.stem)
-    for file in sorted((system.folder / "tasks").glob("*.json")):
-        yield from _finding(lambda name: _verify_task(system, name), file.stem)
+    yield from system.findings()
+    for task in system.task_names():
+        yield from _finding(lambda name: _verify_task(system, name), task)
     for journal in system.journals():
         yield from _finding(lambda journal: _verify_journal(system, journal), journal)
     for kept in (*system.removed_journals(), *system.baseline_journals()):
