@@ -79,7 +79,9 @@ class WorkingCopy(System):
         self._versions: dict[str, _Version] | None = None
         self._records: dict[str, TaskRecord] = {}
         self._begun: dict[str, int] = {}
+        # Names of what is known to be in the store, and of what this process has written here.
         self._shared: set[str] = set()
+        self._written: set[str] = set()
 
     def check_note(self) -> None:
         """Checks that the folder is a working copy of this system, or makes it one.
@@ -134,9 +136,14 @@ class WorkingCopy(System):
 
     def _is_shared(self, file: pathlib.Path) -> bool:
         name = self._name(file)
-        if name not in self._shared and self._objects.has(name):
+        # What is new here will hardly be there, and may be put again.
+        if name not in self._shared and name not in self._written and self._objects.has(name):
             self._shared.add(name)
         return name in self._shared
+
+    def _write(self, target: pathlib.Path, data: bytes) -> None:
+        super()._write(target, data)
+        self._written.add(self._name(target))
 
     def _name(self, file: pathlib.Path) -> str:
         return file.relative_to(self.folder).as_posix()
