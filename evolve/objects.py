@@ -129,12 +129,9 @@ class _Folder:
 
     def names(self, folder: str) -> list[str]:
         # What begins with a dot is being written, or was when its writer was killed.
-        return [
-            pathlib.Path(inner, file).relative_to(self._folder).as_posix()
-            for inner, _, files in os.walk(self._folder / folder)
-            for file in files
-            if not file.startswith(".")
-        ]
+        start = len(str(self._folder)) + 1
+        walked = os.walk(self._folder / folder)
+        return [f"{inner[start:]}/{file}" for inner, _, files in walked for file in files if not file.startswith(".")]
 
     def put(self, name: str, data: bytes) -> None:
         self._write(name, lambda target: write_atomically(target, data))

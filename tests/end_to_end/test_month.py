@@ -18,7 +18,7 @@ from tests.support.jobs import Jobs
 from tests.support.month import Audit, Month
 from tests.support.stores import BUCKET, machine, s3_server, use_s3
 
-NUM_JOBS = {"folder": 40, "file": 200, "s3": 16}
+NUM_JOBS = {"folder": 24, "file": 200, "s3": 10}
 
 
 @pytest.fixture(params=sorted(NUM_JOBS))

@@ -24,6 +24,13 @@ PLAN = small_plan(rounds=2, children_per_task=4)
 """A short one, where it is not the search that is tried."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def server():
     with s3_server() as address:
@@ -109,27 +116,43 @@ class _Interrupted(FakeTrainer):
         return super().examine(path)
 
 
+@pytest.fixture
+def told(here, tmp_path):
+    """Has another machine do a round while this one is at it, and checks who wins, and what the other is told."""
+
+    def check(url, before, plan):
+        evolve_tasks(url, "a", plan=plan)
+
+        def other_machine():
+            with machine(tmp_path / "there"):
+                evolve_tasks(url, "b", plan=plan, trainer=FakeTrainer(test_accuracy=0.25))
+
+        with pytest.raises(ConflictError, match="another machine has gone on with journal/b-0001 of .*run again") as told:
+            evolve_tasks(url, "b", plan=plan, trainer=_Interrupted(before, other_machine))
+        kept = next(here.glob("*/journal/removed/b-0001.*.jsonl"))
+        assert str(kept) in str(told.value)
+        system = System.open(url)
+        assert system.tasks()["b"].test_accuracy == 0.25
+        assert verify(system) == []
+        return system
+
+    return check
+
+
 @pytest.mark.parametrize("before", [0, 3, 8])
-def test_of_two_machines_in_one_round_one_wins_and_the_other_is_told(any_url, here, tmp_path, before):
-    evolve_tasks(any_url, "a", plan=small_plan(rounds=1))
-
-    def other_machine():
-        with machine(tmp_path / "there"):
-            evolve_tasks(any_url, "b", plan=small_plan(rounds=1), trainer=FakeTrainer(test_accuracy=0.25))
-
-    with pytest.raises(ConflictError, match="another machine has gone on with journal/b-0001 of .*run again") as told:
-        evolve_tasks(any_url, "b", plan=small_plan(rounds=1), trainer=_Interrupted(before, other_machine))
-    kept = next(here.glob("*/journal/removed/b-0001.*.jsonl"))
-    assert str(kept) in str(told.value)
-    system = System.open(any_url)
-    assert system.tasks()["b"].test_accuracy == 0.25
-    assert verify(system) == []
+def test_of_two_machines_in_one_round_one_wins_and_the_other_is_told(url, told, tmp_path, before):
+    told(url, before, small_plan(rounds=1))
     # It goes on from what the other published.
-    again = evolve_tasks(any_url, "b", plan=small_plan())
+    again = evolve_tasks(url, "b", plan=small_plan())
     assert again.tasks()["b"].rounds == 2
     assert verify(again) == []
     with machine(tmp_path / "third"):
-        assert lineage_hash(System.open(any_url)) == lineage_hash(again)
+        assert lineage_hash(System.open(url)) == lineage_hash(again)
+
+
+def test_so_it_is_on_object_storage(server, monkeypatch, told):
+    use_s3(monkeypatch, server)
+    told(f"s3://{BUCKET}/told", 2, small_plan(rounds=1, children_per_task=4))
 
 
 def test_a_machine_whose_search_was_taken_over_is_told_even_if_its_number_is_free_again(url, here, tmp_path):
@@ -291,13 +314,13 @@ def test_a_store_that_replaces_what_is_there_is_refused(tmp_path, here, monkeypa
 
 
 def test_through_a_proxy_that_loses_requests_and_answers_the_search_is_the_same(server, here, tmp_path, monkeypatch):
-    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=PLAN))
     with flaky_proxy(server) as (address, faults):
         use_s3(monkeypatch, address)
         monkeypatch.setattr(objects.time, "sleep", lambda _: None)
         url = f"s3://{BUCKET}/{next(_count)}"
         faults.share = 0.1
-        system = evolve_tasks(url, plan=small_plan(rounds=1))
+        system = evolve_tasks(url, plan=PLAN)
         assert lineage_hash(system) == expected
         assert faults.num_failed > 10
         faults.share = 0.0

@@ -36,7 +36,7 @@ def active_task(name: str) -> ActiveTask:
 
 def month_plan(rounds: int) -> SearchPlan:
     """How each job searches."""
-    return small_plan(5, rounds=rounds, children_per_task=6, generation_size=3, max_seeds=MAX_SEEDS, scale_factor=0.8)
+    return small_plan(5, rounds=rounds, children_per_task=4, generation_size=2, max_seeds=MAX_SEEDS, scale_factor=0.8)
 
 
 @dataclasses.dataclass
@@ -139,6 +139,7 @@ class Audit:
         self.journals: dict[tuple[str, int], list[Record]] = {
             (journal.task, journal.round): read_journal(journal.file) for journal in system.journals()
         }
+        self._paths: dict[str, Path] = {}
         self.parents = {
             child["path_id"]: child["parent_id"]
             for records in self.journals.values()
@@ -160,7 +161,7 @@ class Audit:
         self._check_parents({record.path_id: record.parent_id for record in records.values()})
         for (task, number), journal in self.journals.items():
             opened, closed = journal[0], journal[-1]
-            assert [record["type"] for record in journal] == ["open", *["generation", *["pack"] * 3] * 2, "close"]
+            assert [record["type"] for record in journal] == ["open", *["generation", "pack", "pack"] * 2, "close"]
             self._check_snapshot(task, number, opened["snapshot"])
             self._check_children(task, opened["snapshot"], journal)
             if number + 1 == records[task].rounds:
@@ -201,22 +202,26 @@ class Audit:
         planned = [child for record in journal if record["type"] == "generation" for child in record["children"]]
         assert [child["parent_id"] for child in planned[: len(seeds)]] == seeds
         assert not any(child["mutations"] for child in planned[: len(seeds)])
-        sharing = sharing_counts(self.system.path(row["path_id"]) for row in others)
+        sharing = sharing_counts(self._path(row["path_id"]) for row in others)
         for record in journal:
             for child in record["children"] if record["type"] == "pack" else ():
                 if child["survived"]:
-                    path = self.system.path(child["path_id"])
-                    assert child["accounted_parameters"] == accounted_parameters(path, sharing)
+                    assert child["accounted_parameters"] == accounted_parameters(self._path(child["path_id"]), sharing)
 
     def check_rerun(self, task: str, number: int, folder: pathlib.Path) -> None:
         """A job done again from its snapshot, alone and in one go, comes out alike."""
         journal = self.journals[task, number]
         system = System.create(folder, tiny_root(), 32)
         for row in journal[0]["snapshot"]:
-            self._copy(self.system.path(row["path_id"]), system)
+            self._copy(self._path(row["path_id"]), system)
             system.put_task(TaskRecord.from_dict(row))
         run_rounds(system, [(active_task(task), FakeTrainer)], month_plan(number + 1), QuietObserver())
         assert lineage_of(read_journal(system.journal_file(task, number))) == lineage_of(journal)
+
+    def _path(self, path_id: str) -> Path:
+        if path_id not in self._paths:
+            self._paths[path_id] = self.system.path(path_id)
+        return self._paths[path_id]
 
     def _copy(self, path: Path, system: System) -> None:
         for _, layer in path.layers:
