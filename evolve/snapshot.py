@@ -30,8 +30,8 @@ class Snapshot:
         return Snapshot({name: system.path(record.path_id) for name, record in records.items()}, records, system.root)
 
     def others(self, task: str) -> list[Path]:
-        """Returns the current paths of all other tasks, newest first."""
-        names = sorted((name for name in self.records if name != task), key=lambda name: -self.records[name].order)
+        """Returns the current paths of all other tasks, newest first; of those that were published at once, by name."""
+        names = sorted((name for name in self.records if name != task), key=lambda name: (-self.records[name].order, name))
         return [self.current[name] for name in names]
 
     def seeds(self, task: str, limit: int) -> tuple[Path, ...]:

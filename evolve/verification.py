@@ -34,9 +34,10 @@ def _findings(system: System) -> Iterator[str]:
         yield from _finding(system.check_layer, file.stem)
     for file in sorted((system.folder / "paths").glob("*.json")):
         yield from _finding(system.path, file.stem)
+    yield from system.findings()
     current = {system.root.id}
-    for file in sorted((system.folder / "tasks").glob("*.json")):
-        yield from _finding(lambda name: _verify_task(system, name, current), file.stem)
+    for task in system.task_names():
+        yield from _finding(lambda name: _verify_task(system, name, current), task)
     for journal in system.journals():
         yield from _finding(lambda journal: _verify_journal(system, journal), journal)
     for kept in (*system.removed_journals(), *system.baseline_journals()):

@@ -14,7 +14,6 @@ import concurrent.futures.process
 import dataclasses
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 import weakref
@@ -26,7 +25,7 @@ from evolve.data.task import TaskData
 from evolve.errors import WorkersDiedError
 from evolve.generation import ChildPlan, Examples, GenerationPlan, PackResult, Trainer
 from evolve.path import Path
-from evolve.store import System
+from evolve.store import Location, System
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -47,7 +46,7 @@ class WorkersTrainer:
         """Prepares to train; workers start with the first pack.
 
         Args:
-            system: gives the layers; workers open its folder themselves.
+            system: gives the layers; workers open it themselves.
             data: of the task; each worker gets a copy, and shares what is mapped from a cache.
             settings: `workers` is how many, all else is as for a single process. On CUDA, the first worker has the first GPU, and so on,
                 beginning again after the last.
@@ -55,7 +54,7 @@ class WorkersTrainer:
         Raises:
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
         """
-        self._arguments = (system.folder, data, settings)
+        self._arguments = (system.location, data, settings)
         self._settings = settings
         self._task = data.name
         # What it depends on is what a trainer in this process would.
@@ -153,7 +152,7 @@ def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:
 # What runs in the workers
 
 
-def _begin(counter: Synchronized[int], folder: pathlib.Path, data: TaskData, settings: TrainingSettings) -> None:
+def _begin(counter: Synchronized[int], location: Location, data: TaskData, settings: TrainingSettings) -> None:
     global _trainer
     # Whoever started them decides when they end: Ctrl-C goes to all processes of a terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -162,7 +161,7 @@ def _begin(counter: Synchronized[int], folder: pathlib.Path, data: TaskData, set
         number = counter.value
         counter.value += 1
     _choose_gpu(number)
-    _trainer = make_trainer(System.open(folder), data, settings)
+    _trainer = make_trainer(System.open(location), data, settings)
 
 
 def _end_with_owner() -> None:
