@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train format proto clean
+.PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train bench-scaling format proto clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ check: $(READY) ## Format, lint, types, import contracts, generated code
 bench-serve: $(READY) ## Measure S1, S4 and S5: routes in pieces beside whole models (8 minutes)
 	@$(BIN)/python -m benchmarks.serve --results benchmarks/results
 
-bench-triton: $(READY) triton ## Measure which engine when: embedded, Triton with shared and coarse segments, one model a task (13 minutes)
+bench-triton: $(READY) triton ## Measure which engine when: embedded, Triton with shared and coarse segments, one model a task, the front door on it (14 minutes)
 	@$(BIN)/python -m benchmarks.triton --results benchmarks/results
 
 bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training, in bytes and seconds (5 minutes)
@@ -58,6 +58,9 @@ bench-early-stop: $(READY) ## Measure what early judgement saves, and at what lo
 
 bench-train: $(READY) ## Measure T1 to T5: children trained together beside one by one (10 minutes)
 	@$(BIN)/python -m benchmarks.train --results benchmarks/results
+
+bench-scaling: $(READY) ## Measure and simulate P1 to P4: what searches cost as tasks, children, layers and devices grow (7 minutes)
+	@$(BIN)/python -m benchmarks.scaling --results benchmarks/results
 
 format: $(READY) ## Format the code and mend what the linter can mend
 	@$(BIN)/ruff format --quiet .

@@ -8,8 +8,9 @@ S1  ViT-S/16 at 224 px, 8 tasks that share 10 of 12 blocks. One image and all ta
     Measured three times: both sides on one thread (the figure); both on all CPUs, with one ONNX Runtime pool of so many threads; both on
     all CPUs, with one thread for a batch and as many batches at once as CPUs, which is how the engine is set by default.
 S4  ViT-Ti/16 at 224 px, a route in three pieces (cut after block 6 and before the final norm) through the embedded engine, against the
-    same route as one ONNX file in a session of its own: median seconds of one image, calls taken in turns. The third line says what is
-    left of it if the pieces are run by hand, without the engine.
+    same route as one ONNX file in a session of its own: median seconds of one image, calls taken in turns. Beside it, what else could
+    make them differ: the pieces run by hand, and the one file run by a thread that waits for it, as the engine's do; then all of it
+    with the process held on one core, where no other core's caches are in play.
 S5  ViT-Ti/16 at 224 px, that same route served by `munet-server serve` in a process of its own with default settings: images per second
     that 16 requests at a time of one JPEG each get through gRPC, against raw batches through ONNX Runtime by as many threads as the
     server has workers, of the size that takes the least CPU time. The load's own CPU time counts against the server: it has the same
@@ -40,7 +41,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -238,29 +239,35 @@ def time_tasks(models: Published, threads: int, workers: int, repetitions: int) 
 
 
 def measure_s4(models: Published, effort: Effort, report: Report) -> None:
-    """A route in three pieces against the same in one."""
+    """A route in three pieces against the same in one, and what else could make them differ: the cuts, the thread, its core."""
     cpus = num_usable_cpus()
-    for threads, workers in dict.fromkeys([(1, cpus), (cpus, 1)]):
-        ratio, by_hand = in_fresh_process(time_pieces, models, threads, workers, effort)
-        if threads == 1:
-            report.figure("S4", ratio.median, Target("<=", 1.05))
-        for what, measured in {"engine": ratio, "by hand": by_hand}.items():
+    for threads, workers, one_core in dict.fromkeys([(1, cpus, False), (cpus, 1, False), (1, 1, True)]):
+        ratios = in_fresh_process(time_pieces, models, threads, workers, one_core, effort)
+        if threads == 1 and not one_core:
+            report.figure("S4", ratios["pieces, engine"].median, Target("<=", 1.05))
+        for what, measured in ratios.items():
             report.line(
                 figure="S4",
                 threads=threads,
                 workers=workers,
-                pieces=what,
-                pieces_ms=milliseconds(measured.above),
+                one_core=one_core,
+                what=what,
+                what_ms=milliseconds(measured.above),
                 whole_ms=milliseconds(measured.below),
                 ratio=measured.spread(),
             )
 
 
-def time_pieces(models: Published, threads: int, workers: int, effort: Effort) -> tuple[Ratio, Ratio]:
-    """Returns the median seconds of the route in pieces over those in one piece, through the engine and by hand."""
+def time_pieces(models: Published, threads: int, workers: int, one_core: bool, effort: Effort) -> dict[str, Ratio]:
+    """Returns the median seconds of each way to compute the route over those of the whole model.
+
+    The ways: the pieces through the engine; the pieces by hand; the whole model in a thread that waits for it, as the engine's do.
+    """
+    if one_core:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     image = random_images(models)
     task = "route"
-    with engine_of(models, threads, workers) as ask:
+    with engine_of(models, threads, workers) as ask, concurrent.futures.ThreadPoolExecutor(1) as other_thread:
         whole = whole_model(models.whole[task], threads)
         generation = Repository(models.repository).read()
         route = [generation.segments[name] for name in generation.tasks[task].route]
@@ -268,28 +275,36 @@ def time_pieces(models: Published, threads: int, workers: int, effort: Effort) -
             raise RuntimeError(f"found a route of {len(route)} pieces, expected 3")
         pieces = [whole_model(segment.model, threads) for segment in route]
 
-        def by_engine() -> Any:
-            return ask(image, (task,))[task]
-
         def by_hand() -> Any:
             values: Any = image
             for piece in pieces:
                 values = piece(values)
             return values
 
-        sides = {"engine": by_engine, "by hand": by_hand, "whole": lambda: whole(image)}
+        sides: dict[str, Callable[[], Any]] = {
+            "pieces, engine": lambda: ask(image, (task,))[task],
+            "pieces, by hand": by_hand,
+            "whole, another thread": lambda: other_thread.submit(whole, image).result(),
+            "whole": lambda: whole(image),
+        }
         for _ in range(3):
-            check_equal(by_engine(), whole(image))
-            check_equal(by_hand(), whole(image))
-        medians: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(effort.repetitions):
-            taken: dict[str, list[float]] = {name: [] for name in sides}
-            for order in itertools.islice(itertools.cycle(itertools.permutations(sides)), effort.calls):
-                for name in order:
-                    taken[name].append(seconds_of(sides[name]))
-            for name, values in taken.items():
-                medians[name].append(statistics.median(values))
-    return Ratio(medians["engine"], medians["whole"]), Ratio(medians["by hand"], medians["whole"])
+            for side in sides.values():
+                check_equal(side(), whole(image))
+        medians = medians_in_turns(sides, effort)
+    return {name: Ratio(values, medians["whole"]) for name, values in medians.items() if name != "whole"}
+
+
+def medians_in_turns(sides: Mapping[str, Callable[[], Any]], effort: Effort) -> dict[str, list[float]]:
+    """Returns the median seconds of each side in each repetition; within one, sides take turns in every order."""
+    medians: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(effort.repetitions):
+        taken: dict[str, list[float]] = {name: [] for name in sides}
+        for order in itertools.islice(itertools.cycle(itertools.permutations(sides)), effort.calls):
+            for name in order:
+                taken[name].append(seconds_of(sides[name]))
+        for name, values in taken.items():
+            medians[name].append(statistics.median(values))
+    return medians
 
 
 # S5
@@ -469,11 +484,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def server_process(repository: pathlib.Path) -> Iterator[Server]:
-    """Serves a repository with default settings in a process of its own."""
+def server_process(repository: pathlib.Path, *arguments: str) -> Iterator[Server]:
+    """Serves a repository in a process of its own, with default settings but for these arguments."""
     command = [
         *(sys.executable, "-m", "server.cli", "serve", "--repository", str(repository)),
-        *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain", "0"),
+        *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain", "0", *arguments),
     ]
     environment = {**os.environ, "PYTHONPATH": str(TOP)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

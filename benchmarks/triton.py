@@ -1,4 +1,4 @@
-"""Which engine when: the embedded one, and the wheel's Triton with shared segments, with coarse ones, and with one model per task.
+"""Which engine when: the embedded one, the wheel's Triton with shared segments, coarse ones and one model per task, the front door on it.
 
     python -m benchmarks.triton [--only T4 T50 L4] [--smoke] [--results benchmarks/results]
 
@@ -15,7 +15,9 @@ Servers, all up at once, each asked in turns by the same asynchronous client in 
 
 - `embedded`: `munet-server serve` in a process of its own, through its front door (Classify, ClassifyTasks), raw pixels;
 - `triton`: the wheel's tritonserver with explicit loading, plain KServe v2 calls of the tasks' ensembles, and of the ensemble of all tasks
-  with the outputs of those that are asked. `one model per task` is asked without ensembles, several tasks by as many calls at once.
+  with the outputs of those that are asked. `one model per task` is asked without ensembles, several tasks by as many calls at once;
+- `front door on triton`: `munet-server serve --engine triton` in a process of its own on the Triton with coarse segments, which is also
+  asked without it. Its memory is that of both, its load seconds are Triton's.
 
 A line a server says requests per second, p50 and p99 at 1, 4 and 16 requests at a time for one task each (tasks in turn), the same for
 several tasks an image at 1 and 4, seconds to load, and memory of all its processes: PSS, which counts what they share once, and RSS,
@@ -24,7 +26,7 @@ The hop lines are least squares over p50 at one request at a time by pieces a ro
 of a system is the p50 of Triton's shared segments over that of its coarse ones, for the requests that the coarse ones were chosen for.
 
 Weights are random: what is measured does not depend on them. `make triton` must have made Triton's environment. Prints JSON lines, the
-last one sums up; without --smoke it takes about 13 minutes on two cores.
+last one sums up; without --smoke it takes about 14 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from server.repository import Repository
 from server.triton.environment import find_environment
 from server.triton.process import TritonProcess
 
+FRONT_DOOR = "front door on triton"
 SHARED, EMBEDDED_COARSE, TRITON_COARSE, WHOLE = "shared", "coarse for embedded", "coarse for triton", "one model per task"
 
 
@@ -223,7 +226,7 @@ class Serving:
     """A server that is up.
 
     Attributes:
-        engine: embedded or triton.
+        engine: embedded, triton or the front door on triton.
         layout: what it serves.
         address: where.
         generation: what it serves, read.
@@ -251,22 +254,24 @@ def embedded(layout: Layout) -> Iterator[Serving]:
     """Serves a repository with the embedded engine."""
     load_seconds = in_fresh_process(load_embedded, layout.repository)
     with server_process(layout.repository) as server:
-
-        @contextlib.asynccontextmanager
-        async def client() -> Any:
-            async with AsyncClient(server.address) as connected:
-
-                async def ask(image: Pixels, tasks: Sequence[str]) -> dict[str, Any]:
-                    if len(tasks) == 1:
-                        answer = await connected.classify(tasks[0], image[0], include_logits=True)
-                        return {tasks[0]: np.array([answer.classifications[0].logits], np.float32)}
-                    found = (await connected.classify_tasks(image[0], tasks, include_logits=True)).tasks
-                    return {each.task: np.array([each.classification.logits], np.float32) for each in found}
-
-                yield ask
-
         generation = Repository(layout.repository).read()
+        client = functools.partial(front_door_client, server.address)
         yield Serving("embedded", layout, server.address, generation, lambda: [server.process_id], load_seconds, client)
+
+
+@contextlib.asynccontextmanager
+async def front_door_client(address: str) -> Any:
+    """Gives the function that asks a front door."""
+    async with AsyncClient(address) as connected:
+
+        async def ask(image: Pixels, tasks: Sequence[str]) -> dict[str, Any]:
+            if len(tasks) == 1:
+                answer = await connected.classify(tasks[0], image[0], include_logits=True)
+                return {tasks[0]: np.array([answer.classifications[0].logits], np.float32)}
+            found = (await connected.classify_tasks(image[0], tasks, include_logits=True)).tasks
+            return {each.task: np.array([each.classification.logits], np.float32) for each in found}
+
+        yield ask
 
 
 @contextlib.contextmanager
@@ -287,6 +292,19 @@ def triton(layout: Layout) -> Iterator[Serving]:
         client = functools.partial(triton_client, address, generation, ask_ensembles)
         yield Serving(
             "triton", layout, address, generation, lambda: [process.pid, *descendants(process.pid)], load_seconds, client
+        )
+
+
+@contextlib.contextmanager
+def behind_front_door(serving: Serving) -> Iterator[Serving]:
+    """Has a front door compute with a Triton that is up."""
+    with server_process(serving.layout.repository, "--engine", "triton", "--triton", serving.address) as server:
+        yield dataclasses.replace(
+            serving,
+            engine=FRONT_DOOR,
+            address=server.address,
+            processes=lambda: [server.process_id, *serving.processes()],
+            client=functools.partial(front_door_client, server.address),
         )
 
 
@@ -445,9 +463,11 @@ def measure(name: str, system: System, effort: Effort, folder: pathlib.Path, rep
             servings.append(stack.enter_context(embedded(layouts[EMBEDDED_COARSE])))
         if routes_of(layouts[TRITON_COARSE]) != routes_of(layouts[SHARED]):
             servings.append(stack.enter_context(triton(layouts[TRITON_COARSE])))
+        recommended = [serving for serving in servings if serving.engine == "triton"][-1]
         alike = routes_of(layouts[TRITON_COARSE]) == routes_of(layouts[WHOLE])
-        whole = servings[-1] if alike else stack.enter_context(triton(layouts[WHOLE]))
+        whole = recommended if alike else stack.enter_context(triton(layouts[WHOLE]))
         servings.append(without_ensembles(whole, layouts[WHOLE]))
+        servings.append(stack.enter_context(behind_front_door(recommended)))
         loads = asyncio.run(put_loads(servings, system, effort))
         memories = [memory(serving.processes()) for serving in servings]
     p50: dict[tuple[str, str], dict[tuple[int, int], float]] = {}

@@ -27,7 +27,7 @@ from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED, LayerKind
 from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.search import Observer, SearchPlan, SilentObserver, check_image_size, run_rounds
-from evolve.store import System
+from evolve.store import Location, System
 from munet.names import check_task_name, similar_names
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def load_experiment(file: AnyPath) -> Experiment:
     return load_settings(pathlib.Path(file), Experiment)
 
 
-def open_or_create(folder: AnyPath, root: RootSettings | None = None) -> System:
-    """Opens the system in a folder, or starts one there.
+def open_or_create(location: Location, root: RootSettings | None = None) -> System:
+    """Opens a system, or starts one.
 
     Args:
-        folder: of the system.
+        location: its folder, or the URL of a store.
         root: the pretrained path that it starts from, or must have started from; by default the bundled one.
 
     Raises:
@@ -109,13 +109,13 @@ def open_or_create(folder: AnyPath, root: RootSettings | None = None) -> System:
         SystemFolderError: the folder cannot be read or written, or holds a system of a newer format.
         DamagedError: the system's own root cannot be read.
     """
-    settings, where = root or RootSettings(), pathlib.Path(folder)
-    return _open(settings, where) or _create(settings, _load_root(settings), where)
+    settings = root or RootSettings()
+    return _open(settings, location) or _create(settings, _load_root(settings), location)
 
 
 def prepare(
     experiment: Experiment,
-    folder: AnyPath,
+    location: Location,
     *,
     tasks: Collection[str] | None = None,
     loading: LoadingObserver | None = None,
@@ -126,7 +126,7 @@ def prepare(
 
     Args:
         experiment: what to run.
-        folder: of the system.
+        location: of the system, a folder or the URL of a store.
         tasks: names of the experiment's tasks to run; all by default.
         loading: told how it goes.
         is_pending: tells, before any data are loaded, whether a task of a system that is there has something to do.
@@ -137,10 +137,10 @@ def prepare(
     """
     from evolve.data.load import load_task
 
-    told, where = loading or _SilentLoading(), pathlib.Path(folder)
+    told = loading or _SilentLoading()
     chosen = _choose(experiment, tasks)
     _check_executor(experiment.training)
-    system = _open(experiment.root, where)
+    system = _open(experiment.root, location)
     if system is not None:
         _check_images(system, experiment.defaults.image_size)
         check_root(system.root.num_blocks)
@@ -159,7 +159,7 @@ def prepare(
             loaded.append(load_task(task, progress))
         told.loaded(loaded[-1], time.monotonic() - started)
     if system is None and root is not None:
-        system = _create(experiment.root, root, where)
+        system = _create(experiment.root, root, location)
     if system is None:
         raise RuntimeError("neither a system nor a root")
     return Prepared(system, tuple(loaded), frozenset(task.name for task in chosen if task.private))
@@ -167,7 +167,7 @@ def prepare(
 
 def prepare_search(
     experiment: Experiment,
-    folder: AnyPath,
+    location: Location,
     *,
     tasks: Collection[str] | None = None,
     unfinished: Unfinished = "continue",
@@ -178,7 +178,7 @@ def prepare_search(
 
     Args:
         experiment: what to run.
-        folder: of the system.
+        location: of the system, a folder or the URL of a store.
         tasks: names of the experiment's tasks to run; all by default.
         unfinished: what becomes of rounds that an earlier run left unfinished.
         loading: told how it goes.
@@ -190,7 +190,7 @@ def prepare_search(
     settings = SearchPlan.of(experiment).to_dict()
 
     def act(system: System, task: str, how: Callable[[System, str], pathlib.Path | None]) -> None:
-        with system.locks.evolving(task):
+        with system.evolving(task):
             aside = how(system, task)
         if aside is not None:
             set_aside(task, aside)
@@ -205,7 +205,7 @@ def prepare_search(
             check_unfinished(system, task, settings)
         return True
 
-    prepared = prepare(experiment, folder, tasks=tasks, loading=loading, is_pending=is_pending)
+    prepared = prepare(experiment, location, tasks=tasks, loading=loading, is_pending=is_pending)
     # Not before the data are there: until then nothing is given up.
     for data in prepared.data if unfinished == "restart" else ():
         act(prepared.system, data.name, restart_search)
@@ -214,7 +214,7 @@ def prepare_search(
 
 def run(
     experiment: Experiment,
-    folder: AnyPath,
+    location: Location,
     *,
     tasks: Collection[str] | None = None,
     unfinished: Unfinished = "continue",
@@ -225,7 +225,7 @@ def run(
 
     Args:
         experiment: what to run.
-        folder: of the system, made if missing.
+        location: of the system, a folder or the URL of a store; made if missing.
         tasks: names of the experiment's tasks to evolve; all by default.
         unfinished: what becomes of rounds that an earlier run left unfinished.
         make_trainer: see `run_tasks`.
@@ -234,7 +234,7 @@ def run(
     Raises:
         EvolveError: see `prepare_search` and `run_tasks`.
     """
-    prepared = prepare_search(experiment, folder, tasks=tasks, unfinished=unfinished)
+    prepared = prepare_search(experiment, location, tasks=tasks, unfinished=unfinished)
     plan = SearchPlan.of(experiment)
     run_tasks(prepared.system, prepared.data, plan, private=prepared.private, make_trainer=make_trainer, observer=observer)
     return prepared.system
@@ -387,7 +387,7 @@ def remove_task(system: System, task: str) -> None:
         BusyError: another process is evolving it.
     """
     system.check_known(task)
-    with system.locks.evolving(task), system.locks.publishing():
+    with system.evolving(task), system.locks.publishing():
         system.remove_task(task)
 
 
@@ -418,15 +418,15 @@ def _choose(experiment: Experiment, names: Collection[str] | None) -> list[Any]:
     return [task for task in experiment.tasks if task.name in names]
 
 
-def _open(root: RootSettings, folder: pathlib.Path) -> System | None:
+def _open(root: RootSettings, location: Location) -> System | None:
     """Opens the system if there is one, and checks that it has the root that is asked for."""
-    if not System.exists(folder):
+    if not System.exists(location):
         return None
-    system = System.open(folder)
+    system = System.open(location)
     source = _describe_root(root)
     if system.root_source and dict(system.root_source) != source:
         raise SettingsError(
-            f"found a system in {folder} with root {dict(system.root_source)}",
+            f"found a system in {location} with root {dict(system.root_source)}",
             f"the experiment's root {source}",
             "use the same root, or another folder: a system keeps its root for life",
         )
@@ -439,12 +439,12 @@ def _load_root(settings: RootSettings) -> LoadedRoot:
     return load_root(settings)
 
 
-def _create(settings: RootSettings, root: LoadedRoot, folder: pathlib.Path) -> System:
+def _create(settings: RootSettings, root: LoadedRoot, location: Location) -> System:
     try:
-        return System.create(folder, root.layers, root.image_size, _describe_root(settings))
+        return System.create(location, root.layers, root.image_size, _describe_root(settings))
     except SystemFolderError:
         # Another process may have made one while this one loaded its data.
-        made = _open(settings, folder)
+        made = _open(settings, location)
         if made is None:
             raise
         return made

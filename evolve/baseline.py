@@ -211,6 +211,7 @@ def is_finished(system: System, method: Method, task: str, plan: BaselinePlan) -
         SettingsError: it was begun, or finished, with other settings.
         DamagedError: its journal is altered.
     """
+    system.pull_journal(baseline_file(system, method, task))
     records = read_journal(baseline_file(system, method, task))
     if records:
         _check_identity(baseline_file(system, method, task), records[0], {"settings": plan.to_dict()})
@@ -240,7 +241,7 @@ def run_baselines(
     """
     method.check(system.root.num_blocks)
     for task, make_trainer in tasks:
-        with system.locks.comparing(method.folder, task.name):
+        with system.comparing(method.folder, task.name):
             _Baseline(system, task, make_trainer(), method, plan, observer).run()
 
 
@@ -281,6 +282,7 @@ class _Baseline:
             for replica in range(len(done), num_replicas):
                 self._train_and_write(replica)
             closed = self._close()
+            self.system.share(self.journal)
             self.observer.baseline_closed(self.task.name, self.method, closed)
             return closed
         finally:
@@ -303,6 +305,7 @@ class _Baseline:
             _check_identity(self.journal.file, self.journal.records[0], identity)
         else:
             self.journal.append("open", {**identity, "resolved_settings": self.plan.search.to_dict()})
+        self.system.share(self.journal)
 
     def _train_and_write(self, replica: int) -> None:
         started = time.monotonic()
@@ -329,6 +332,7 @@ class _Baseline:
                 **remarks_on(result),
             },
         )
+        self.system.share(self.journal)
         if replica == self._best()["replica"]:
             self.kept = dataclasses.replace(result, index=replica)
         self.observer.replica_finished(self.task.name, self.method, record)

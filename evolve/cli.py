@@ -50,7 +50,10 @@ app = typer.Typer(
     "frozen, cloned and trained, adapted or left out. What other tasks use never changes.",
 )
 
-SystemFolder = Annotated[pathlib.Path, typer.Option("--system", metavar="DIR", help="Folder of the system.")]
+SystemLocation = Annotated[
+    str,
+    typer.Option("--system", metavar="DIR", help="Folder of the system, or URL of a store it is in, such as s3://bucket/folder."),
+]
 Repository = Annotated[pathlib.Path, typer.Option("--repository", metavar="DIR", help="Model repository to publish to.")]
 PrecisionOption = Annotated[str, typer.Option(help="float32 or float16: of the weights and hidden states that are published.")]
 SegmentsOption = Annotated[
@@ -89,7 +92,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def run(
     experiment: ExperimentFile,
-    system: SystemFolder,
+    system: SystemLocation,
     task: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME", help="Evolve only this task; may be repeated.")
     ] = None,
@@ -170,7 +173,7 @@ def run(
 @app.command()
 def baseline(
     experiment: ExperimentFile,
-    system: SystemFolder,
+    system: SystemLocation,
     method: Annotated[str, typer.Option(metavar="METHOD", help="finetune, freeze:K or adapters:D.")],
     task: Annotated[list[str] | None, typer.Option("--task", metavar="NAME", help="Only this task; may be repeated.")] = None,
     tune: Annotated[
@@ -215,7 +218,7 @@ def baseline(
 
 
 @app.command()
-def show(system: SystemFolder, as_json: AsJson = False) -> None:
+def show(system: SystemLocation, as_json: AsJson = False) -> None:
     """Show tasks, quality, test accuracy, parameters and what is shared.
 
     quality: accuracy on the validation images, 0 to 1, which the search chose by. test: accuracy on images it never saw.
@@ -226,7 +229,7 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
 
     lineage: one hash of all that was decided, trained and kept; equal for two runs of one experiment, however often they were stopped.
     """
-    opened = System.open(system)
+    opened = _open_to_read(system)
     summary = summarise(opened)
     try:
         lineage = lineage_hash(opened)
@@ -242,7 +245,7 @@ def show(system: SystemFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(
-    system: SystemFolder,
+    system: SystemLocation,
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Folder to write to; made if missing.")],
 ) -> None:
     """Write a page with figures: leaderboard, baselines, the multitask model, families, hyperparameters, cost.
@@ -252,7 +255,7 @@ def report(
     # It draws, and what draws takes time to load.
     from evolve.report.write import PAGE, write_report
 
-    content = write_report(System.open(system), out)
+    content = write_report(_open_to_read(system), out)
     for finding in content.findings:
         typer.echo(f"warning: {finding}", err=True)
     tasks, searches = counted(len(content.summary.tasks), "task"), len(content.searches)
@@ -261,7 +264,7 @@ def report(
 
 @app.command()
 def watch(
-    system: SystemFolder,
+    system: SystemLocation,
     once: Annotated[bool, typer.Option("--once", help="Print what there is to see now, and end.")] = False,
 ) -> None:
     """Watch a running search from another terminal; Ctrl-C ends the watch, not the search.
@@ -283,10 +286,10 @@ def watch(
 
 
 @app.command()
-def verify(system: SystemFolder) -> None:
+def verify(system: SystemLocation) -> None:
     """Hash every layer, path and task again and follow every reference."""
     try:
-        opened = System.open(system)
+        opened = _open_to_read(system)
         findings = verify_system(opened)
     except DamagedError as error:
         # Not even its root can be read: that is a finding like any other.
@@ -301,7 +304,7 @@ def verify(system: SystemFolder) -> None:
 
 @app.command()
 def remove(
-    system: SystemFolder,
+    system: SystemLocation,
     task: Annotated[str, typer.Option("--task", metavar="NAME", help="Task to remove.")],
 ) -> None:
     """Remove a task. Layers that others use stay; `munet-evolve export` takes it out of the model repository."""
@@ -311,7 +314,7 @@ def remove(
 
 @app.command()
 def gc(
-    system: SystemFolder,
+    system: SystemLocation,
     delete: Annotated[bool, typer.Option("--delete", help="Do it; without, nothing is changed.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -349,7 +352,7 @@ def pretrain(
 
 @app.command()
 def export(
-    system: SystemFolder,
+    system: SystemLocation,
     repository: Repository = pathlib.Path("model_repository"),
     target: Annotated[str, typer.Option(help="cpu or gpu: where Triton is to run the segments.")] = "cpu",
     precision: PrecisionOption = "float32",
@@ -379,6 +382,14 @@ def main() -> None:
         except Interrupted as signal:
             typer.echo("interrupted", err=True)
             sys.exit(signal.status)
+
+
+def _open_to_read(location: str) -> System:
+    """Opens a system, with all that other machines have published of it."""
+    system = System.open(location)
+    system.pull()
+    system.pull_journals()
+    return system
 
 
 @contextlib.contextmanager

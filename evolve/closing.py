@@ -53,8 +53,12 @@ def publish_task(
 
     Returns:
         The task's new record.
+
+    Raises:
+        ConflictError: another machine has closed or removed the task meanwhile.
     """
     with system.locks.publishing():
+        system.pull()
         records = system.tasks()
         old = records.pop(task.name, None)
         current = {record.path_id for record in records.values()} | {system.root.id}
@@ -73,8 +77,4 @@ def publish_task(
             data_fingerprint=task.data_fingerprint,
             settings=settings,
         )
-        # In this order: a crash in between leaves every parent current, and whoever closes again ends alike.
-        if old is not None and old.path_id != path.id:
-            system.replace_parent(old.path_id, old.parent_id)
-        system.put_task(record)
-    return record
+        return system.publish(record, [ancestor.id for ancestor in ancestors])

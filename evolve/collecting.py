@@ -102,8 +102,9 @@ def collect(system: System, *, delete: bool, waits: Callable[[], None] = lambda:
     Raises:
         DamagedError: the record of a task, a current path or the journal of an unfinished search cannot be read: what they name cannot be
             known, so nothing is removed.
-        SystemFolderError: the folder cannot be written, or a journal is of a newer format.
+        SystemFolderError: the folder cannot be written, a journal is of a newer format, or the system is in a store.
     """
+    system.check_collectable()
     with system.locks.collecting(only_looks=not delete, waits=waits):
         unfinished, closed = _journals(system)
         garbage = list(_find_garbage(system, _named(system, unfinished)))

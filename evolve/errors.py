@@ -5,12 +5,14 @@
     ├── DataError               a task's images or labels cannot be used
     ├── CheckpointError         a root cannot be loaded, or is of an architecture that is not supported
     ├── SystemFolderError       a folder is no system, of a newer format, or cannot be written
-    │   └── DamagedError        a file of a system is missing or altered
+    │   ├── DamagedError        a file of a system is missing or altered
+    │   └── StoreError          a store cannot be used, or does not answer
     ├── TrainerError            a trainer of somebody's own does not keep its promises
     ├── WorkersDiedError        workers of a search die again and again
     ├── ClusterError            a Ray cluster cannot be reached, or none of its nodes can train
     ├── MemoryShortageError     a child does not fit into memory, however small the parts
     ├── BusyError               another process is evolving the same task
+    │   └── ConflictError       another machine has gone on with the same round of a task
     └── ExportError             a path cannot be published
 
 Messages say what was found, what was expected and what to do.
@@ -62,6 +64,10 @@ class DamagedError(SystemFolderError):
     """A file of a system is missing or altered."""
 
 
+class StoreError(SystemFolderError):
+    """A store cannot be used, or has not answered for too long."""
+
+
 class TrainerError(EvolveError):
     """A trainer does not keep the promises of evolve.generation.Trainer."""
 
@@ -110,6 +116,10 @@ class MemoryShortageError(EvolveError):
 
 class BusyError(EvolveError):
     """Another process is evolving the same task."""
+
+
+class ConflictError(BusyError):
+    """Another machine has gone on with the same round of a task, or has closed or removed it."""
 
 
 class ExportError(EvolveError):

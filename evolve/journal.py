@@ -124,7 +124,7 @@ def journals_in(*folders: pathlib.Path) -> list[pathlib.Path]:
     """Returns the journals in some folders, in order of name; where one lies there plain and compressed, the plain one."""
     found = []
     for folder in folders:
-        plain = sorted(folder.glob("*.jsonl"))
+        plain = set(folder.glob("*.jsonl"))
         found += sorted({*plain, *(file for file in folder.glob("*.jsonl.gz") if file.with_suffix("") not in plain)})
     return found
 

@@ -41,7 +41,7 @@ class Locks:
         Raises:
             BusyError: another process holds it.
         """
-        with self._take_or_tell(f"task-{task}", f"task {task!r}", "other tasks can be evolved meanwhile, each with --task"):
+        with self._take_or_tell(_task_lock(task), f"task {task!r}", "other tasks can be evolved meanwhile, each with --task"):
             yield
 
     @contextlib.contextmanager
@@ -56,7 +56,29 @@ class Locks:
             BusyError: another process holds it.
         """
         what = f"the baseline {baseline} of task {task!r}"
-        with self._take_or_tell(f"baseline-{baseline}-{task}", what, "other tasks and methods can be run meanwhile"):
+        with self._take_or_tell(_task_lock(task, baseline), what, "other tasks and methods can be run meanwhile"):
+            yield
+
+    @contextlib.contextmanager
+    def unless_busy(self, task: str, baseline: str | None = None) -> Iterator[bool]:
+        """Tells whether nobody evolves a task, or trains its baseline; whoever wants to begin waits until this is over."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._take("beginning", wait=True))
+            try:
+                stack.enter_context(self._take(_task_lock(task, baseline), wait=False))
+                is_free = True
+            except BlockingIOError:
+                is_free = False
+            yield is_free
+
+    @contextlib.contextmanager
+    def fetching(self, part: str) -> Iterator[None]:
+        """Held while files are brought here from elsewhere; waits for it.
+
+        Args:
+            part: those of other parts can be fetched meanwhile.
+        """
+        with self._take(f"fetch-{part}", wait=True):
             yield
 
     @contextlib.contextmanager
@@ -103,7 +125,9 @@ class Locks:
     def _take_or_tell(self, name: str, what: str, meanwhile: str) -> contextlib.ExitStack:
         """Takes a lock that one process may have at a time, or raises BusyError."""
         try:
-            return self._take(name, wait=False)
+            # Whoever looks whether it is free holds it for a moment.
+            with self._take("beginning", wait=True):
+                return self._take(name, wait=False)
         except BlockingIOError:
             raise BusyError(
                 f"found another process at work on {what} of {self._folder}", "one at a time", f"wait until it ends; {meanwhile}"
@@ -132,3 +156,7 @@ class Locks:
                         f"could not write in {self._folder} ({reason})", "a writable folder with free space"
                     ) from error
             return stack.pop_all()
+
+
+def _task_lock(task: str, baseline: str | None = None) -> str:
+    return f"task-{task}" if baseline is None else f"baseline-{baseline}-{task}"

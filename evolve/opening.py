@@ -44,12 +44,16 @@ def open_search(system: System, task: ActiveTask, settings: Mapping[str, Any], t
         SettingsError: the unfinished search was begun with other settings.
         DamagedError: its journal, or a path it needs, is altered or missing, or the journal belongs elsewhere.
         SystemFolderError: the folder cannot be written, or its journal is of a newer format.
+        ConflictError: another machine has begun the same round meanwhile.
     """
     system.remove_unfinished()
     # From the look at the system until the journal names what was seen.
     with system.locks.storing():
         with system.locks.publishing():
-            snapshot = Snapshot.of(system)
+            system.pull()
+            records = system.tasks()
+        # What they name is read beside those who publish: paths never change, and stay while this is storing.
+        snapshot = Snapshot.of(system, records)
         record = snapshot.records.get(task.name)
         _check_data(task, record)
         round_number = record.rounds if record is not None else 0
@@ -62,6 +66,7 @@ def open_search(system: System, task: ActiveTask, settings: Mapping[str, Any], t
                 snapshot = Snapshot.from_list(system, begun[0]["snapshot"])
             else:
                 journal.append("open", {**identity, "resolved_settings": settings, "snapshot": snapshot.to_list()})
+            system.share(journal)
         except BaseException:
             journal.close()
             raise

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import (
@@ -66,15 +67,14 @@ class Path:
         """
         placed = tuple(layers)
         check_layers(placed, with_head=task is not None)
-        content = [
-            task,
-            [[str(position), layer.id] for position, layer in placed],
-            hyperparameters.to_dict(),
-            parent_id,
-            quality,
-        ]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-        return Path(digest.hexdigest()[:32], task, placed, hyperparameters, parent_id, quality)
+        own_id = path_id(
+            task=task,
+            layers=[[str(position), layer.id] for position, layer in placed],
+            hyperparameters=hyperparameters.to_dict(),
+            parent_id=parent_id,
+            quality=quality,
+        )
+        return Path(own_id, task, placed, hyperparameters, parent_id, quality)
 
     def find(self, position: Position) -> Layer | None:
         """Returns the layer at a position, or None."""
@@ -91,7 +91,7 @@ class Path:
             raise KeyError(str(position))
         return found
 
-    @property
+    @functools.cached_property
     def layer_ids(self) -> frozenset[str]:
         """Ids of its distinct layers."""
         return frozenset(layer.id for _, layer in self.layers)
@@ -110,6 +110,19 @@ class Path:
     def num_parameters(self) -> int:
         """Parameters of its distinct layers."""
         return sum({layer.id: layer.num_parameters for _, layer in self.layers}.values())
+
+
+def path_id(
+    *,
+    task: str | None,
+    layers: Sequence[Sequence[str]],
+    hyperparameters: Mapping[str, Any],
+    parent_id: str | None,
+    quality: float | None,
+) -> str:
+    """Returns the id of a path: 32 hex digits of SHA-256 over all that it is, as JSON values; layers as pairs of position and id."""
+    content = [task, layers, hyperparameters, parent_id, quality]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
 def ordered_positions(num_blocks: int, adapter_blocks: Iterable[int], *, with_head: bool = True) -> tuple[Position, ...]:

@@ -28,6 +28,16 @@ def sharing_counts(paths: Iterable[Path]) -> dict[str, int]:
     return counts
 
 
+def others_of(path: Path, every: Sharing) -> dict[str, int]:
+    """Returns the sharing counts of a path's layers over the current paths of all other tasks, without looking at those again.
+
+    Args:
+        path: a task's current path.
+        every: sharing counts over the current paths of all tasks, this one's among them.
+    """
+    return {layer_id: every[layer_id] - 1 for layer_id in path.layer_ids}
+
+
 def accounted_parameters(path: Path, others: Sharing) -> float:
     """Returns the parameters a path answers for: each layer's, divided by the number of tasks that use it, its own counted in.
 

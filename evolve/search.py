@@ -114,7 +114,7 @@ def run_rounds(
         on_closed: called with a task's name after each of its rounds.
 
     Raises:
-        BusyError: another process is evolving one of the tasks.
+        BusyError: another process is evolving one of the tasks, or another machine has gone on with the same round of one.
         DataError: a task's data are not those that it was evolved on before.
         SettingsError: the root's patches do not divide the image size.
         SystemFolderError: the system is damaged or cannot be written.
@@ -122,8 +122,8 @@ def run_rounds(
     check_image_size(system.root.layer(PATCH_EMBED).spec.integer("patch_size"), plan.defaults.image_size)
     for round_number in range(plan.search.rounds):
         for task, make_trainer in tasks:
-            with system.locks.evolving(task.name):
-                record = system.tasks().get(task.name)
+            with system.evolving(task.name):
+                record = system.task(task.name)
                 if record is not None and record.rounds > round_number:
                     continue
                 evolve_task(system, task, make_trainer(), plan, observer)
@@ -298,6 +298,7 @@ class _Search:
                 with self.system.locks.storing():
                     rows = [self._judge(generation, generation.children[result.index], result) for result in pack.children]
                     record = self.journal.append("pack", {"generation": generation.index, "children": rows})
+                self.system.share(self.journal)
                 for row in record["children"]:
                     known[row["index"]] = row
                     self.observer.child_finished(generation.children[row["index"]], row)
@@ -395,6 +396,7 @@ class _Search:
         if best is None:
             raise RuntimeError("a search without a survivor: the first child of a seed always survives")
         closed = next(iter(self.journal.of_type("close")), None) or self._journal_close(best)
+        self.system.share(self.journal)
         record = publish_task(
             self.system,
             self.task,

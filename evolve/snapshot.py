@@ -25,14 +25,13 @@ class Snapshot:
     root: Path
 
     @staticmethod
-    def of(system: System) -> Snapshot:
-        """Returns the system as it is now."""
-        records = system.tasks()
+    def of(system: System, records: Mapping[str, TaskRecord]) -> Snapshot:
+        """Returns the system as its records say, which were read while nobody published."""
         return Snapshot({name: system.path(record.path_id) for name, record in records.items()}, records, system.root)
 
     def others(self, task: str) -> list[Path]:
-        """Returns the current paths of all other tasks, newest first."""
-        names = sorted((name for name in self.records if name != task), key=lambda name: -self.records[name].order)
+        """Returns the current paths of all other tasks, newest first; of those that were published at once, by name."""
+        names = sorted((name for name in self.records if name != task), key=lambda name: (-self.records[name].order, name))
         return [self.current[name] for name in names]
 
     def seeds(self, task: str, limit: int) -> tuple[Path, ...]:
@@ -46,7 +45,9 @@ class Snapshot:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Returns the records as JSON values, for the journal; what no decision depends on is empty: each journal has all tasks."""
-        return [dataclasses.asdict(record) | {"labels": [], "examples": "", "settings": {}} for record in self.records.values()]
+        # Emptied first: settings are large, and asdict copies all that it is given.
+        emptied = (dataclasses.replace(record, labels=(), examples="", settings={}) for record in self.records.values())
+        return [dataclasses.asdict(record) | {"labels": []} for record in emptied]
 
     @staticmethod
     def from_list(system: System, rows: Sequence[Mapping[str, Any]]) -> Snapshot:

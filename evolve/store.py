@@ -23,7 +23,8 @@ import json
 import os
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ import safetensors.numpy
 
 from evolve.errors import DamagedError, SystemFolderError
 from evolve.hyperparameters import Hyperparameters
-from evolve.journal import baseline_journals, compressed_file, journals_in, search_journals
+from evolve.journal import Journal, baseline_journals, compressed_file, journals_in, search_journals
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
 from evolve.locks import Locks
+from evolve.objects import is_url
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import resample
 from munet.files import remove_unfinished, sync_folder, write_atomically
@@ -42,6 +44,9 @@ from munet.preprocessing import Pixels
 
 FORMAT = 1
 """Version of the layout described above."""
+
+Location = str | os.PathLike[str]
+"""Where a system is: its folder, or the URL of a store (evolve.working_copy)."""
 
 _REPAIR = (
     "restore the file from a copy; without one, `munet-evolve remove` the tasks whose paths use it and evolve them again, "
@@ -114,11 +119,20 @@ class System:
     """One system on disk. Safe for many readers; writers of different tasks do not disturb each other.
 
     Methods that write raise SystemFolderError if the folder cannot be written or the disk is full; nothing is half-written then.
+
+    Attributes:
+        folder: where its files are on this machine.
+        location: what others open to have the same system: its absolute folder, or the URL of the store that it is in.
+        locks: between processes that use the folder.
+        id: drawn when it was made.
+        root: the pretrained path it started from.
+        root_source: where that came from.
     """
 
     def __init__(self, folder: pathlib.Path, system_id: str, root: Path, root_source: Mapping[str, Any]) -> None:
         """Use `create` or `open`."""
         self.folder = folder
+        self.location = str(folder.absolute())
         self.locks = Locks(folder)
         self.id = system_id
         self.root = root
@@ -127,12 +141,17 @@ class System:
         self._position_embeddings: dict[int, Layer] = {}
 
     @staticmethod
-    def exists(folder: pathlib.Path) -> bool:
-        """Tells whether a folder holds a system.
+    def exists(location: Location) -> bool:
+        """Tells whether there is a system.
 
         Raises:
-            SystemFolderError: nobody may look into the folder.
+            SystemFolderError: nobody may look there.
         """
+        if is_url(location):
+            from evolve.working_copy import has_system
+
+            return has_system(location)
+        folder = pathlib.Path(location)
         try:
             return (folder / "system.json").exists()
         except OSError as error:
@@ -140,7 +159,7 @@ class System:
 
     @staticmethod
     def create(
-        folder: str | os.PathLike[str],
+        location: Location,
         layers: Mapping[Position, tuple[LayerSpec, Tensors]],
         image_size: int,
         root_source: Mapping[str, Any] | None = None,
@@ -148,7 +167,7 @@ class System:
         """Starts a system from a pretrained root.
 
         Args:
-            folder: made if missing; must hold no system.
+            location: a folder, made if missing, or the URL of a store; must hold no system.
             layers: of the root by position, from the patch embedding to the final norm, the position embedding on its native grid.
             image_size: what the root was pretrained on, in pixels.
             root_source: where the root comes from, JSON values; kept to notice an experiment that asks for another root.
@@ -157,49 +176,100 @@ class System:
             SystemFolderError: the folder holds a system already or cannot be written.
             ValueError: the layers do not chain.
         """
-        folder, system_id = pathlib.Path(folder), secrets.token_hex(8)
+        if is_url(location):
+            from evolve.working_copy import create_system
+
+            return create_system(location, layers, image_size, root_source)
+        folder, system_id = pathlib.Path(location), secrets.token_hex(8)
         blank = System(folder, system_id, None, root_source or {})  # type: ignore[arg-type]  # the root's layers are written through it first
         with blank.locks.creating():
             if System.exists(folder):
                 raise SystemFolderError(f"found a system in {folder}", "none", "open it, or choose another folder")
-            placed = tuple(PlacedLayer(position, blank.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
-            num_blocks = sum(position.kind is LayerKind.BLOCK for position in layers)
-            root = Path.of(
-                task=None,
-                layers=placed,
-                hyperparameters=Hyperparameters(num_blocks=num_blocks, image_size=image_size),
-                parent_id=None,
-                quality=None,
-            )
-            blank.put_path(root)
+            root = blank.put_root(layers, image_size)
             document = {"format": FORMAT, "id": system_id, "root": root.id, "root_source": dict(root_source or {})}
-            blank._write(folder / "system.json", _to_json(document))
+            blank._write(folder / "system.json", to_json(document))
         return System.open(folder)
 
+    def put_root(self, layers: Mapping[Position, tuple[LayerSpec, Tensors]], image_size: int) -> Path:
+        """Writes the root's layers and path, and returns it; see `create`."""
+        placed = tuple(PlacedLayer(position, self.put_layer(spec, tensors)) for position, (spec, tensors) in layers.items())
+        num_blocks = sum(position.kind is LayerKind.BLOCK for position in layers)
+        hyperparameters = Hyperparameters(num_blocks=num_blocks, image_size=image_size)
+        root = Path.of(task=None, layers=placed, hyperparameters=hyperparameters, parent_id=None, quality=None)
+        self.put_path(root)
+        return root
+
     @staticmethod
-    def open(folder: str | os.PathLike[str]) -> System:
+    def open(location: Location) -> System:
         """Opens a system.
+
+        Args:
+            location: its folder, or the URL of the store that it is in.
 
         Raises:
             SystemFolderError: no system there, one of a newer format, or a folder that cannot be read.
+            StoreError: the store cannot be used.
             DamagedError: its root cannot be read.
         """
-        folder = pathlib.Path(folder)
+        if is_url(location):
+            from evolve.working_copy import open_copy
+
+            return open_copy(location)
+        folder = pathlib.Path(location)
         if not System.exists(folder):
             raise SystemFolderError(f"found no system in {folder}", "a folder with system.json", "`munet-evolve run` starts one")
-        document = _read_json(folder / "system.json")
-        found = document.get("format")
-        if found != FORMAT:
-            raise SystemFolderError(
-                f"found a system of format {found!r} in {folder}", f"format {FORMAT}", "use the version of munet that wrote it"
-            )
-        try:
-            system_id, root_id, root_source = document["id"], document["root"], document["root_source"]
-        except KeyError as error:
-            raise DamagedError(f"found no {error} in {folder / 'system.json'}", "what was written", "restore the file") from error
+        system_id, root_id, root_source = check_document(read_json(folder / "system.json"), FORMAT, str(folder))
         system = System(folder, system_id, None, root_source)  # type: ignore[arg-type]  # the next line sets it
         system.root = system.path(root_id)
         return system
+
+    # Others on other machines: a folder needs none of this, see evolve.working_copy for what does.
+
+    def pull(self) -> None:
+        """Looks for what others have published since; what was found last is what tasks are."""
+
+    def pull_journals(self) -> None:
+        """Brings the journals of others into the folder, for whoever reads all of them."""
+
+    def pull_journal(self, file: pathlib.Path) -> None:
+        """Brings one journal into the folder, as far as others have got with it, unless a process of this machine is at work on it."""
+
+    def share(self, journal: Journal) -> None:
+        """Makes what a journal says, and all that it names, known to others.
+
+        Raises:
+            ConflictError: another machine has gone on with the same round.
+        """
+
+    def evolving(self, task: str) -> AbstractContextManager[None]:
+        """Held by who evolves a task, from its look at the task's record to the end.
+
+        Raises:
+            BusyError: another process holds it.
+        """
+        return self.locks.evolving(task)
+
+    def comparing(self, baseline: str, task: str) -> AbstractContextManager[None]:
+        """Held by who trains a task's baseline; see Locks.comparing.
+
+        Raises:
+            BusyError: another process holds it.
+        """
+        return self.locks.comparing(baseline, task)
+
+    def check_collectable(self) -> None:
+        """Checks that nothing but the locks of this machine is needed to keep garbage apart from what is being written.
+
+        Raises:
+            SystemFolderError: others write where no lock can be seen.
+        """
+
+    def findings(self) -> Iterator[str]:
+        """Yields a sentence for each thing wrong with what is kept elsewhere than in the folder."""
+        return iter(())
+
+    def _fetch(self, file: pathlib.Path) -> None:
+        """Brings a file that never changes into the folder, if there is one; called before it is read."""
 
     # Layers
 
@@ -207,7 +277,7 @@ class System:
         """Writes a layer unless it is there whole, and returns it."""
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         layer = Layer.of(spec, contiguous)
-        if not self._has_layer(layer.id):
+        if not (self._layer_file(layer.id).exists() and self._has_layer(layer.id)):
             metadata = {"kind": spec.kind.value, "config": json.dumps(spec.config, sort_keys=True)}
             self._write(self._layer_file(layer.id), safetensors.numpy.save(contiguous, metadata))
         self._layers[layer.id] = layer
@@ -274,7 +344,7 @@ class System:
 
     def put_path(self, path: Path) -> None:
         """Writes a path unless it is there whole. Its layers must be stored already."""
-        target, data = self._path_file(path.id), _to_json(path_to_dict(path))
+        target, data = self._path_file(path.id), to_json(path_to_dict(path))
         if not target.exists() or target.read_bytes() != data:
             self._write(target, data)
 
@@ -284,7 +354,8 @@ class System:
         Raises:
             DamagedError: it is missing or cannot be read.
         """
-        return _read_json(self._path_file(path_id))
+        self._fetch(self._path_file(path_id))
+        return read_json(self._path_file(path_id))
 
     def path(self, path_id: str) -> Path:
         """Returns a stored path.
@@ -324,7 +395,31 @@ class System:
 
     def put_task(self, record: TaskRecord) -> None:
         """Writes a task's record; the one moment at which a new path becomes current."""
-        self._write(self._task_file(record.name), _to_json(dataclasses.asdict(record)))
+        self._write(self._task_file(record.name), to_json(dataclasses.asdict(record)))
+
+    def task_names(self) -> list[str]:
+        """Returns the names of all tasks, also of those whose record is damaged, in ascending order."""
+        return sorted(file.stem for file in (self.folder / "tasks").glob("*.json"))
+
+    def publish(self, record: TaskRecord, ancestors: Sequence[str]) -> TaskRecord:
+        """Makes a path its task's current one and keeps every parent current. The caller holds `publishing` and is `evolving`.
+
+        Args:
+            record: the task's new one.
+            ancestors: ids of the path's ancestors, from near to far.
+
+        Returns:
+            The task's record now.
+
+        Raises:
+            ConflictError: another machine has closed or removed the task meanwhile.
+        """
+        old = self.task(record.name)
+        # In this order: a crash in between leaves every parent current, and whoever closes again ends alike.
+        if old is not None and old.path_id != record.path_id:
+            self.replace_parent(old.path_id, old.parent_id)
+        self.put_task(record)
+        return record
 
     def remove_task(self, name: str) -> None:
         """Forgets a task, also one of which there is but an unfinished search; its path and layers stay until they are collected.
@@ -353,8 +448,7 @@ class System:
         Raises:
             SystemFolderError: there is neither.
         """
-        known = sorted({journal.task for journal in self.journals()} | self.tasks().keys())
-        if name not in known:
+        if self.task(name) is None and name not in (known := sorted({one.task for one in self.journals()} | self.tasks().keys())):
             raise SystemFolderError(
                 f"found no task {name!r} in {self.folder}", f"one of {known}" if known else "a system with tasks"
             )
@@ -428,6 +522,7 @@ class System:
             DamagedError: they are missing or cannot be read.
         """
         file = self.folder / "examples" / record.examples
+        self._fetch(file)
         try:
             return np.asarray(np.load(file, allow_pickle=False))
         except (OSError, ValueError) as error:
@@ -476,6 +571,7 @@ class System:
 
     def _read_layer(self, layer_id: str, *, weights: bool = True) -> tuple[LayerSpec, dict[str, Any]]:
         file = self._layer_file(layer_id)
+        self._fetch(file)
         try:
             with safetensors.safe_open(file, framework="numpy") as content:
                 metadata = content.metadata()
@@ -489,7 +585,7 @@ class System:
     def _read_task(self, file: pathlib.Path) -> TaskRecord | None:
         """Returns the record in a task's file; None if the task was removed meanwhile."""
         try:
-            document = _read_json(file)
+            document = read_json(file)
         except DamagedError:
             if not file.exists():
                 return None
@@ -522,15 +618,53 @@ def _unwritable(folder: pathlib.Path, error: OSError) -> SystemFolderError:
     return SystemFolderError(f"could not write in {folder} ({reason})", "a writable folder with free space")
 
 
-def _to_json(document: Any) -> bytes:
+def check_document(document: Mapping[str, Any], expected_format: Any, where: str) -> tuple[str, str, Mapping[str, Any]]:
+    """Returns id, root and where that came from of what system.json says.
+
+    Raises:
+        SystemFolderError: another format.
+        DamagedError: something is missing.
+    """
+    found = document.get("format")
+    if found != expected_format:
+        advice = "use the version of munet that wrote it"
+        if isinstance(found, str) != isinstance(expected_format, str):
+            advice = "a system in a store is opened by a URL, such as file:///folder, one in a folder by the folder"
+        raise SystemFolderError(f"found a system of format {found!r} in {where}", f"format {expected_format}", advice)
+    try:
+        return document["id"], document["root"], document["root_source"]
+    except KeyError as error:
+        raise DamagedError(f"found no {error} in {where}/system.json", "what was written", "restore the file") from error
+
+
+def to_json(document: Any) -> bytes:
+    """Returns a document as the files of a system have it."""
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+        DamagedError: there is none.
+    """
     try:
-        document = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise DamagedError(f"found no readable {file} ({error})", "what was written", "restore the file") from error
+    return parse_json(data, str(file))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Returns the JSON object in some bytes; `where` they are from is said if there is none.
+
+    Raises:
+        DamagedError: there is none.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise DamagedError(f"found no readable {where} ({error})", "what was written", "restore the file") from error
     if not isinstance(document, dict):
-        raise DamagedError(f"found {type(document).__name__} in {file}", "an object", "restore the file")
+        raise DamagedError(f"found {type(document).__name__} in {where}", "an object", "restore the file")
     return document

@@ -10,7 +10,7 @@ from evolve.journal import child_records, read_journal
 from evolve.layer import POS_EMBED
 from evolve.outcomes import Outcomes
 from evolve.path import Path
-from evolve.scoring import accounted_parameters, sharing_counts
+from evolve.scoring import accounted_parameters, others_of, sharing_counts
 from evolve.store import System
 
 
@@ -112,6 +112,7 @@ def summarise(system: System) -> SystemSummary:
             users.setdefault(layer_id, []).append(name)
     # Resampled position embeddings belong to the root, whichever task came to need them.
     root_ids = system.root.layer_ids | {system.position_embedding(grid).id for grid in _grids(paths.values())}
+    sharing = sharing_counts(paths.values())
     tasks = []
     for name, path in paths.items():
         record = records[name]
@@ -140,9 +141,7 @@ def summarise(system: System) -> SystemSummary:
                 },
                 num_parameters=path.num_parameters,
                 own_parameters=sum(layer.num_parameters for _, layer in own),
-                accounted_parameters=accounted_parameters(
-                    path, sharing_counts(other for other in paths.values() if other is not path)
-                ),
+                accounted_parameters=accounted_parameters(path, others_of(path, sharing)),
                 outcomes=_outcomes(system, name, record.rounds),
             )
         )

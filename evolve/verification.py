@@ -34,8 +34,10 @@ def _findings(system: System) -> Iterator[str]:
         yield from _finding(system.check_layer, file.stem)
     for file in sorted((system.folder / "paths").glob("*.json")):
         yield from _finding(system.path, file.stem)
-    for file in sorted((system.folder / "tasks").glob("*.json")):
-        yield from _finding(lambda name: _verify_task(system, name), file.stem)
+    yield from system.findings()
+    current = {system.root.id}
+    for task in system.task_names():
+        yield from _finding(lambda name: _verify_task(system, name, current), task)
     for journal in system.journals():
         yield from _finding(lambda journal: _verify_journal(system, journal), journal)
     for kept in (*system.removed_journals(), *system.baseline_journals()):
@@ -66,11 +68,11 @@ def _verify_journal(system: System, journal: JournalFile) -> None:
                     system.path(child["path_id"])
 
 
-def _verify_task(system: System, name: str) -> None:
+def _verify_task(system: System, name: str, current: set[str]) -> None:
     record = system.task(name)
     while record is not None:
         try:
-            return _verify_record(system, record)
+            return _verify_record(system, record, current)
         except DamagedError:
             # Others may publish meanwhile: only what stays as it was found is a finding.
             again = system.task(name)
@@ -80,11 +82,15 @@ def _verify_task(system: System, name: str) -> None:
     return None
 
 
-def _verify_record(system: System, record: TaskRecord) -> None:
+def _verify_record(system: System, record: TaskRecord, current: set[str]) -> None:
+    """Checks a task's record; `current` are ids of paths that are known to be current, those of all tasks once they are asked for."""
     path = system.path(record.path_id)
     if path.task != record.name:
         raise DamagedError(f"found path {path.id} of task {path.task!r} current for {record.name!r}", "one of its own")
-    if record.parent_id not in {other.path_id for other in system.tasks().values()} | {system.root.id}:
+    if record.parent_id not in current:
+        # Not for each task: all of them are read.
+        current.update(other.path_id for other in system.tasks().values())
+    if record.parent_id not in current:
         raise DamagedError(f"found path {record.parent_id} as the parent of task {record.name!r}", "a current path or the root")
     images = system.examples(record)
     found = hashlib.sha256((system.folder / "examples" / record.examples).read_bytes()).hexdigest()[:16]

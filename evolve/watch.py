@@ -7,6 +7,7 @@ vanish at any moment; one that cannot be read is said so and tried again when it
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +19,15 @@ import rich.text
 
 from evolve.errors import EvolveError, SystemFolderError
 from evolve.journal import read_journal, search_journals
+from evolve.objects import is_url
 from evolve.report.searches import Child, Search, parse_search
-from evolve.store import System
+from evolve.store import Location, System
 
 POLL_SECONDS = 1.0
 """How often the journals are looked at."""
+
+PULL_SECONDS = 10.0
+"""How often a store is."""
 
 _RECENT = 8
 """Children that time is estimated from, and that are shown."""
@@ -44,21 +49,30 @@ class Seen:
 class Watcher:
     """Follows the journals of a system."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, location: Location) -> None:
         """Prepares to follow.
 
+        Args:
+            location: of the system, a folder or the URL of a store.
+
         Raises:
-            SystemFolderError: the folder holds no system.
+            SystemFolderError: there is no system.
         """
-        if not System.exists(folder):
-            raise SystemFolderError(f"found no system in {folder}", "a folder with system.json", "`munet-evolve run` starts one")
-        self._folder = folder
+        if not System.exists(location):
+            raise SystemFolderError(f"found no system in {location}", "one", "`munet-evolve run` starts one")
+        # Of a system in a folder nothing need be readable but the journals.
+        self._shared = System.open(location) if is_url(location) else None
+        self._folder = pathlib.Path(location) if self._shared is None else self._shared.folder
+        self._looked = -math.inf
         self._states: dict[pathlib.Path, tuple[int, int, int]] = {}
         self._seen: dict[pathlib.Path, Seen] = {}
         self._findings: dict[pathlib.Path, str] = {}
 
     def poll(self) -> list[Search]:
         """Reads what has changed and returns the searches that have something new to tell, in the order of their journals' names."""
+        if self._shared is not None and time.monotonic() >= self._looked + PULL_SECONDS:
+            self._shared.pull_journals()
+            self._looked = time.monotonic()
         files = list(search_journals(self._folder).values())
         for gone in self._states.keys() - set(files):
             for known in (self._states, self._seen, self._findings):

@@ -312,10 +312,12 @@ def run(
         pathlib.Path, typer.Option(help="The folder that `munet-server triton install` made.")
     ] = DEFAULT_FOLDER,
     load: Annotated[
-        bool, typer.Option(help="Load the current generation and keep it alive; or leave all that to a front door.")
+        bool, typer.Option(help="Load what CURRENT names and keep it alive; or leave all that to a front door.")
     ] = True,
     threads: Annotated[int, typer.Option(min=0, max=MAX_THREADS, help="Threads of each segment; 0 for all cores.")] = 1,
-    interval: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at what may have died.")] = 1.0,
+    interval: Annotated[
+        float, typer.Option(min=0.01, help="Seconds between two looks at what may have died, and at CURRENT.")
+    ] = 1.0,
     cache: Annotated[
         int, typer.Option(min=0, metavar="MIB", help="Memory for answers of segments published with --response-cache.")
     ] = 0,
@@ -323,7 +325,10 @@ def run(
         pathlib.Path | None, typer.Option(help="File that Triton's own log is added to.", show_default="a temporary one")
     ] = None,
 ) -> None:
-    """Runs a real Triton on a model repository until SIGTERM or SIGINT; what dies meanwhile is brought back."""
+    """Runs a real Triton on a model repository until SIGTERM or SIGINT, with every generation published there meanwhile.
+
+    What dies is brought back.
+    """
     logging.basicConfig(level="INFO", format=LOG_FORMAT, stream=sys.stderr)
     for option, address in (("--grpc", grpc), ("--http", http), ("--metrics", metrics)):
         if address is not None:
@@ -340,7 +345,7 @@ def run(
     arguments = found.cache_arguments(cache * MIB) if cache else []
     with (
         TritonProcess(found, repository, addresses, log, threads, arguments) as triton,
-        contextlib.closing(Supervisor(triton, repository, loads=load)) as supervisor,
+        contextlib.closing(Supervisor(triton, reader, loads=load)) as supervisor,
     ):
         if generation is not None:
             supervisor.load(generation, stop)

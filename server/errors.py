@@ -185,6 +185,11 @@ class SegmentLoadError(EngineError):
         self.expected = expected
         super().__init__(f"segment {segment!r} cannot be loaded: found {reason}, expected {expected}; export it again")
 
+    @property
+    def finding(self) -> Finding:
+        """The same as a fault of a generation."""
+        return Finding(f"segment {self.segment!r}", self.reason, self.expected, "export it again")
+
 
 class SegmentRunError(EngineError):
     """A segment failed on some rows.

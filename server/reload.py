@@ -199,8 +199,7 @@ class Reloader:
         try:
             self._engine.load(generation)
         except SegmentLoadError as error:
-            finding = Finding(f"segment {error.segment!r}", error.reason, error.expected, "export it again")
-            raise GenerationRefusedError(generation.number, [finding]) from error
+            raise GenerationRefusedError(generation.number, [error.finding]) from error
         try:
             findings = rehearse(self._engine, generation, _changed_tasks(generation, serving))
             if findings:

@@ -7,6 +7,7 @@ killed anywhere leaves a whole generation, the old or the new one, and the next 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import pathlib
@@ -34,7 +35,7 @@ from evolve.export.triton import (
 )
 from evolve.layer import HEAD
 from evolve.path import Path
-from evolve.scoring import accounted_parameters, sharing_counts
+from evolve.scoring import accounted_parameters, others_of, sharing_counts
 from evolve.store import System, TaskRecord
 from evolve.vit import reference_logits
 from munet import preprocessing
@@ -164,9 +165,9 @@ class _Publisher:
         golden = {size: self._put_golden_images(of_size) for size, of_size in _by_size(tasks.values()).items()}
         # Before any export, so that torch is asked alone.
         messages = {name: self._task(task, segmentation, golden[task.image_size]) for name, task in tasks.items()}
+        sharing = sharing_counts(task.path for task in tasks.values())
         for name, task in tasks.items():
-            others = sharing_counts(other.path for other in tasks.values() if other is not task)
-            messages[name].accounted_parameters = accounted_parameters(task.path, others)
+            messages[name].accounted_parameters = accounted_parameters(task.path, others_of(task.path, sharing))
         new = self._put_segments(segmentation)
         self._check_routes(tasks, messages, new)
         generation = self._generation(segmentation, tasks, messages, new)
@@ -244,7 +245,7 @@ class _Publisher:
         return message
 
     def _golden(self, task: _Current, file: str, images: Pixels) -> generation_pb2.GoldenLogits:
-        known = self._published(task.record.name)
+        known = self._published.get(task.record.name)
         if known is not None and (known.path_id, known.golden.images) == (task.record.path_id, file):
             # The same path and images: another machine's torch may differ in the last bit, which is no reason for a new generation.
             logits = np.array(known.golden.logits, dtype=np.float32).reshape(-1, len(task.record.labels))
@@ -276,7 +277,7 @@ class _Publisher:
         most = self._settings.max_batch_size
         routes = Routes(lambda name: self._repository.folder / name / MODEL_FILE)
         for name, message in messages.items():
-            known = self._published(name)
+            known = self._published.get(name)
             if (
                 known is not None
                 and (known.path_id, known.route) == (message.path_id, message.route)
@@ -356,9 +357,11 @@ class _Publisher:
         route = tuple(segment_to_proto(segmentation.segments[name], self._settings) for name in task.route)
         return RoutedTask(task.name, route, tuple(task.labels))
 
-    def _published(self, task: str) -> generation_pb2.Task | None:
+    @functools.cached_property
+    def _published(self) -> Mapping[str, generation_pb2.Task]:
+        """What the generation that was current before says of its tasks, by name."""
         current = self._repository.current_generation
-        return next((known for known in current.tasks if known.name == task), None) if current is not None else None
+        return {known.name: known for known in current.tasks} if current is not None else {}
 
     def _put(self, path: str, data: bytes) -> None:
         self._files[path] = self._repository.put(path, data)

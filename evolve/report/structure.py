@@ -104,10 +104,13 @@ def structure_of(system: System, searches: Sequence[Search]) -> Structure:
             root_ids.add(system.position_embedding(spec.integer("grid_height")).id)
     trainers = _trainers(searches, root_ids)
     searched = {search.task for search in searches}
-    for layer_id in {layer_id for path in paths.values() for layer_id in path.layer_ids} - trainers.keys():
-        users = [name for name, path in paths.items() if layer_id in path.layer_ids]
+    users: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        for layer_id in path.layer_ids - trainers.keys():
+            users.setdefault(layer_id, []).append(name)
+    for layer_id, names in users.items():
         # A task without journals trained what it alone uses; what no journal knows otherwise came from a task that was removed.
-        trainers[layer_id] = users[0] if len(users) == 1 and users[0] not in searched else UNKNOWN
+        trainers[layer_id] = names[0] if len(names) == 1 and names[0] not in searched else UNKNOWN
     return arrange(paths, trainers, root_ids)
 
 

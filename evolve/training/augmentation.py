@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from evolve.hyperparameters import Hyperparameters
+from evolve.training.device import upload
 
 CROP_ATTEMPTS = 10
 """Aspects drawn for each image."""
@@ -77,7 +78,7 @@ def augment(images: torch.Tensor, sizes: torch.Tensor, draws: torch.Tensor, hype
         (_shift_hue, drawn.hue, wanted.hue),
     ):
         if delta > 0:
-            amount = ((2 * draw - 1) * delta).to(pixels.device)
+            amount = upload((2 * draw - 1) * delta, pixels.device)
             pixels = change(pixels, amount[:, None, None, None])
     return pixels.mul(2).sub_(1).clamp_(-1, 1).permute(0, 2, 3, 1)
 
@@ -128,7 +129,7 @@ def _sample(pixels: torch.Tensor, boxes: torch.Tensor, mirrored: torch.Tensor, s
     nothing = torch.zeros_like(top)
     across = torch.stack([torch.where(mirrored, -width, width), nothing, 2 * left + width - 1], dim=1)
     down = torch.stack([nothing, height, 2 * top + height - 1], dim=1)
-    maps = torch.stack([across, down], dim=1).to(pixels.device)
+    maps = upload(torch.stack([across, down], dim=1), pixels.device)
     grid = functional.affine_grid(maps, [len(pixels), 3, size, size], align_corners=False)
     return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 

@@ -32,6 +32,14 @@ def resolve_device(settings: TrainingSettings) -> torch.device:
     return device
 
 
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns values of the CPU on the device. A GPU takes them when it has come so far: meanwhile the host prepares the next batch.
+
+    Source: CUDA copies only from pinned memory without waiting for what was queued before.
+    """
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 @contextlib.contextmanager
 def repeatable(threads: int) -> Iterator[None]:
     """Makes torch compute the same bits every time within the block, with so many CPU threads; afterwards all is as it was."""

@@ -15,6 +15,7 @@ import torch
 
 from evolve.data.task import ImageSet, LazyImages
 from evolve.errors import DataError
+from evolve.training.device import upload
 from munet.preprocessing import Pixels, resize
 
 FREE_SHARE = 0.5
@@ -44,8 +45,12 @@ class DeviceImages:
     def take(self, indices: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns pixels and labels of these images on the device, and their original sizes on the CPU."""
         rows = torch.from_numpy(indices)
-        pixels = self.pixels.index_select(0, rows.to(self.pixels.device))
-        return pixels.to(self.device), self.labels.index_select(0, rows.to(self.device)), self.sizes.index_select(0, rows)
+        there = upload(rows, self.device)
+        if self.pixels.device == self.labels.device:
+            pixels = self.pixels.index_select(0, there)
+        else:
+            pixels = upload(self.pixels.index_select(0, rows), self.device)
+        return pixels, self.labels.index_select(0, there), self.sizes.index_select(0, rows)
 
 
 def training_images(images: ImageSet, image_size: int, device: torch.device, *, stay_on_host: bool = False) -> DeviceImages:

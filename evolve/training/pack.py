@@ -25,7 +25,7 @@ from evolve.generation import ChildPlan, LayerPlan
 from evolve.layer import LayerSpec, Position, Tensors
 from evolve.path import ordered_positions
 from evolve.training.child import initial_weights
-from evolve.training.optimiser import MomentumOptimiser, clip_jointly
+from evolve.training.optimiser import Stack, StackedOptimiser
 from evolve.vit import build_module, tensors_of
 
 Hidden = Mapping[int, torch.Tensor]
@@ -94,10 +94,8 @@ class PackModel:
                 for spec, layers in by_spec.items()
                 for made in _build_trained(spec, layers, self.children, tensors, device, stacks=stacks)
             ]
-        self._optimisers = {
-            plan.index: MomentumOptimiser(self._weights(plan.index), plan.hyperparameters.momentum, plan.hyperparameters.nesterov)
-            for plan in plans
-        }
+        self._device = device
+        self._optimiser = self._make_optimiser()
         self._sums_of_losses = {plan.index: torch.zeros((), device=device) for plan in plans}
 
     def step(self, starts: Mapping[int, Start], labels: torch.Tensor, learning_rates: Mapping[int, float]) -> None:
@@ -115,9 +113,9 @@ class PackModel:
         torch.autograd.backward(list(losses.values()), inputs=leaves)
         for child, loss in losses.items():
             self._sums_of_losses[child] += loss.detach()
-            gradients = [gradient for layer in self._layers_of(child) for gradient in layer.gradients(child)]
-            clip_jointly(gradients)
-            self._optimisers[child].step(gradients, learning_rates[child])
+        self._optimiser.step(
+            [stack for layers in self._trained.values() for layer in layers for stack in layer.stacks()], learning_rates
+        )
         for leaf in leaves:
             leaf.grad = None
 
@@ -146,11 +144,10 @@ class PackModel:
 
     def remove(self, child: int) -> None:
         """Takes a child out; the others go on as they would have."""
-        del self.children[child], self._optimisers[child], self._sums_of_losses[child]
+        del self.children[child], self._sums_of_losses[child]
         for position, layers in self._trained.items():
             self._trained[position] = [left for layer in layers if (left := layer.without(child)) is not None]
-        for other, optimiser in self._optimisers.items():
-            optimiser.rebind(self._weights(other))
+        self._optimiser = self._make_optimiser()
 
     def run_frozen(self, layers: Iterable[LayerPlan], values: torch.Tensor) -> torch.Tensor:
         """Runs frozen layers of the pack one after the other, without gradient."""
@@ -179,11 +176,12 @@ class PackModel:
             hidden.update(given)
         return hidden
 
-    def _layers_of(self, child: int) -> Iterable[_TrainedLayer]:
-        return (layer for position in self._order for layer in self._trained[position] if child in layer.children)
+    def _make_optimiser(self) -> StackedOptimiser:
+        return StackedOptimiser({index: plan.hyperparameters for index, plan in self.children.items()}, self._device)
 
     def _weights(self, child: int) -> list[torch.Tensor]:
-        return [weight for layer in self._layers_of(child) for weight in layer.weights(child)]
+        layers = (layer for layers in self._trained.values() for layer in layers if child in layer.children)
+        return [weight for layer in layers for weight in layer.weights(child)]
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", dtype=torch.bfloat16) if self._bf16 else contextlib.nullcontext()
@@ -197,11 +195,18 @@ class _TrainedLayer:
         leaves: what gradients are taken of: [...] of one child, [children, ...] of several.
     """
 
-    def __init__(self, module: nn.Module, children: tuple[int, ...], weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        children: tuple[int, ...],
+        weights: Mapping[str, torch.Tensor],
+        traces: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         self._module = module
         self.children = children
         self._names = tuple(weights)
         self.leaves = [weight.requires_grad_() for weight in weights.values()]
+        self._traces = [torch.zeros_like(leaf) for leaf in self.leaves] if traces is None else traces
 
     @property
     def _is_stacked(self) -> bool:
@@ -224,12 +229,13 @@ class _TrainedLayer:
         """Returns the weights of a child, to be changed in place."""
         return [self._part(leaf.detach(), child) for leaf in self.leaves]
 
-    def gradients(self, child: int) -> list[torch.Tensor]:
-        """Returns the gradients of a child's weights after a backward pass."""
-        # A layer whose output no loss depends on has none.
-        return [
-            self._part(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf.detach()), child) for leaf in self.leaves
-        ]
+    def stacks(self) -> Iterable[Stack]:
+        """Yields the weights with their gradients after a backward pass."""
+        for leaf, trace in zip(self.leaves, self._traces, strict=True):
+            # A layer whose output no loss depends on has no gradient.
+            gradient = torch.zeros_like(trace) if leaf.grad is None else leaf.grad
+            values = (leaf.detach(), gradient, trace)
+            yield Stack(self.children, *(values if self._is_stacked else (value[None] for value in values)))
 
     def tensors(self, child: int) -> dict[str, npt.NDArray[np.float32]]:
         """Returns a copy of the weights of a child by name."""
@@ -243,11 +249,12 @@ class _TrainedLayer:
         if not left:
             return None
         rows = [self.children.index(other) for other in left]
-        kept = {
-            name: (leaf.detach()[rows] if len(left) > 1 else leaf.detach()[rows[0]].clone())
-            for name, leaf in zip(self._names, self.leaves, strict=True)
-        }
-        return _TrainedLayer(self._module, left, kept)
+
+        def kept(stacked: torch.Tensor) -> torch.Tensor:
+            return stacked.detach()[rows] if len(left) > 1 else stacked.detach()[rows[0]].clone()
+
+        weights = {name: kept(leaf) for name, leaf in zip(self._names, self.leaves, strict=True)}
+        return _TrainedLayer(self._module, left, weights, [kept(trace) for trace in self._traces])
 
     def _part(self, tensor: torch.Tensor, child: int) -> torch.Tensor:
         return tensor[self.children.index(child)] if self._is_stacked else tensor

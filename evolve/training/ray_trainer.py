@@ -23,7 +23,7 @@ from evolve.store import System
 from evolve.training import ray_gate
 from evolve.training.device import resolve_device
 from evolve.training.ray_cluster import connect
-from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, location, make_trainer
+from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, make_trainer
 
 PATIENCE_SECONDS = 300.0
 """So long a search waits for a first worker while the cluster has no room for one."""
@@ -103,7 +103,7 @@ class RayTrainer(SpreadTrainer):
         # Ray sees to no restart and no second try: both are decided here.
         self._actors = self._ray.remote(max_restarts=0, max_task_retries=0, **self._resources)(ray_gate.Gate)
         given = settings.model_copy(update={"device": device})
-        self._arguments = [self._ray.put((str(location(system)), system.id, data, given, self._identity))]
+        self._arguments = [self._ray.put((system.location, system.id, data, given, self._identity))]
         self._workers: list[_Worker] = []
         self._refused: dict[str, EvolveError] = {}
         self._troubles: collections.Counter[str] = collections.Counter()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -84,8 +83,3 @@ def make_trainer(system: System, data: TaskData, settings: TrainingSettings) -> 
 
     kind = OneByOneTrainer if settings.pack_size == 1 else TogetherTrainer
     return kind(data, system.tensors, settings)
-
-
-def location(system: System) -> pathlib.Path:
-    """Returns where other processes, in folders of their own, open a system."""
-    return system.folder.absolute()

@@ -18,7 +18,7 @@ from evolve.layer import LayerKind, Tensors
 from evolve.training.augmentation import NUM_DRAWS, augment, draws_nothing
 from evolve.training.batches import BatchOrder, draws
 from evolve.training.child import EVALUATION_BATCH
-from evolve.training.device import repeatable
+from evolve.training.device import repeatable, upload
 from evolve.training.features import FeatureCache, Key
 from evolve.training.images import DeviceImages
 from evolve.training.memory import in_parts_that_fit
@@ -224,7 +224,7 @@ class _Batches:
     def take(self, step: int, children: Mapping[int, ChildPlan]) -> tuple[dict[int, Start], torch.Tensor]:
         """Returns where each child starts, and the labels."""
         indices = self._order.indices(step)
-        rows = torch.from_numpy(indices).to(self._training.device)
+        rows = upload(torch.from_numpy(indices), self._training.device)
         wanted = next(iter(children.values())).hyperparameters
 
         def images() -> torch.Tensor:

@@ -10,7 +10,6 @@ import concurrent.futures
 import concurrent.futures.process
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 import weakref
@@ -21,8 +20,8 @@ from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
 from evolve.errors import WorkersDiedError
 from evolve.generation import Trainer
-from evolve.store import System
-from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, carry_out, location, make_trainer
+from evolve.store import Location, System
+from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, carry_out, make_trainer
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -40,7 +39,7 @@ class WorkersTrainer(SpreadTrainer):
         """Prepares to train; workers start with the first pack.
 
         Args:
-            system: gives the layers; workers open its folder themselves.
+            system: gives the layers; workers open it themselves.
             data: of the task; each worker gets a copy, and shares what is mapped from a cache.
             settings: `workers` is how many, all else is as for a single process. On CUDA, the first worker has the first GPU, and so on,
                 beginning again after the last.
@@ -49,7 +48,7 @@ class WorkersTrainer(SpreadTrainer):
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
         """
         super().__init__(data, settings)
-        self._arguments = (location(system), data, settings)
+        self._arguments = (system.location, data, settings)
         self._num_workers = settings.workers
         # What it depends on is what a trainer in this process would.
         self._identity = dict(make_trainer(system, data, settings).identity)
@@ -110,7 +109,7 @@ def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:
 # What runs in the workers
 
 
-def _begin(counter: Synchronized[int], folder: pathlib.Path, data: TaskData, settings: TrainingSettings) -> None:
+def _begin(counter: Synchronized[int], location: Location, data: TaskData, settings: TrainingSettings) -> None:
     global _trainer
     # Whoever started them decides when they end: Ctrl-C goes to all processes of a terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -119,7 +118,7 @@ def _begin(counter: Synchronized[int], folder: pathlib.Path, data: TaskData, set
         number = counter.value
         counter.value += 1
     _choose_gpu(number)
-    _trainer = make_trainer(System.open(folder), data, settings)
+    _trainer = make_trainer(System.open(location), data, settings)
 
 
 def _end_with_owner() -> None:

@@ -43,10 +43,17 @@ class Preparation:
         known: models that were loaded and answered as they should; if they are ready they are left alone.
         counters: where its segments are counted from now on.
         settings: how long what may take.
+        stop: when set, no more is begun, and `run` fails with one error or another; none means that it is never set.
     """
 
     def __init__(
-        self, endpoint: Endpoint, held: HeldGeneration, known: Collection[str], counters: Counters, settings: TritonSettings
+        self,
+        endpoint: Endpoint,
+        held: HeldGeneration,
+        known: Collection[str],
+        counters: Counters,
+        settings: TritonSettings,
+        stop: threading.Event | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._held = held
@@ -54,7 +61,7 @@ class Preparation:
         self._known = known
         self._counters = counters
         self._settings = settings
-        self._stop = threading.Event()
+        self._stops = [threading.Event(), *([stop] if stop else [])]
 
     def run(self) -> None:
         """Loads what is new and has it answer.
@@ -108,12 +115,12 @@ class Preparation:
 
     def _try_to_load(self, name: str) -> EndpointError | None:
         # What fails once fails the whole: no more is begun.
-        if self._stop.is_set():
+        if any(stop.is_set() for stop in self._stops):
             return None
         try:
             self._endpoint.load(name, self._settings.load_timeout_seconds)
         except EndpointError as error:
-            self._stop.set()
+            self._stops[0].set()
             return error
         return None
 

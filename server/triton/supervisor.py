@@ -1,4 +1,4 @@
-"""Keeps a Triton of ours serving: loads a generation in order, notices what died within it or all of it, and brings that back.
+"""Keeps a Triton of ours serving: loads what CURRENT names, notices what died within Triton or all of it, and brings that back.
 
 Triton itself reports a segment as ready whose process was killed, and fails every request to it from then on. So a segment is alive only
 if it answers: requests that others asked meanwhile count, and where there were none an inference is tried.
@@ -7,15 +7,15 @@ if it answers: requests that others asked meanwhile count, and where there were 
 from __future__ import annotations
 
 import logging
+import math
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Hashable, Iterator
 
-import numpy as np
 from tritonclient.grpc import model_config_pb2
 
-from munet.parity import find_disagreement
 from server.config import TritonSettings
 from server.errors import (
     EndpointError,
@@ -25,19 +25,24 @@ from server.errors import (
     GenerationRefusedError,
     ModelDeadError,
     ModelMissingError,
+    SegmentLoadError,
+    ServerError,
     SharedMemoryError,
 )
-from server.generation import Generation, Task
+from server.generation import Generation, Segment
 from server.repository import Repository, config_path
 from server.triton.asking import noise
 from server.triton.endpoint import Access, Endpoint, to_request
+from server.triton.fleet import Fleet
+from server.triton.plans import HeldGeneration
+from server.triton.preparation import Preparation
 from server.triton.process import TritonProcess
 from server.triton.shared_memory import FOLDER
-from server.verification import parse_config
+from server.triton.tidying import Tidying
+from server.verification import check_alias, parse_config
 
 _log = logging.getLogger(__name__)
 
-LOAD_SECONDS = 120.0
 ANSWER_SECONDS = 30.0
 """What an answer may take: much, because an inference that is tried waits behind those of others."""
 
@@ -57,20 +62,29 @@ class Supervisor:
 
     Args:
         process: the Triton, running; whoever made it stops it.
-        repository: the folder that it serves.
-        loads: whether what is loaded into it is kept alive, too. Not where a front door does so, which also unloads what nobody asks for:
-            what is tried here would look as if somebody did.
+        repository: what it serves.
+        loads: whether it follows the repository's CURRENT, and what is loaded is kept alive. Not where a front door does so, which also
+            unloads what nobody asks for: what is tried here would look as if somebody did.
+        settings: how long what may take, and when what is not needed is unloaded.
 
     Attributes:
         num_restarts: how often Triton had to be started again.
         num_revivals: how often a segment had to be loaded again.
     """
 
-    def __init__(self, process: TritonProcess, repository: pathlib.Path, loads: bool = True) -> None:
+    def __init__(
+        self, process: TritonProcess, repository: Repository, loads: bool = True, settings: TritonSettings | None = None
+    ) -> None:
         self._process = process
         self._repository = repository
         self._loads = loads
-        self._endpoint = Endpoint(process.addresses.grpc, Access.read(TritonSettings()))
+        self._settings = settings or TritonSettings()
+        self._endpoint = Endpoint(process.addresses.grpc, Access.read(self._settings))
+        self._fleet = Fleet([self._endpoint])
+        (self._member,) = self._fleet.members
+        self._tidying = Tidying(self._member, self._fleet, self._settings, repository.root)
+        self._seen: Hashable = None
+        self._retry_seconds = math.inf
         self._rows: dict[str, int] = {}
         self._loaded: set[str] = set()
         self._owed: set[str] = set()
@@ -79,27 +93,35 @@ class Supervisor:
         self.num_revivals = 0
 
     def load(self, generation: Generation, stop: threading.Event) -> None:
-        """Loads a generation, segments first, and asks every task its golden images.
+        """Loads a generation beside what is there: segments, then ensembles, which answer their golden images, and then the aliases.
+
+        What only the generation before needed is unloaded later, when nobody has asked it for a while.
 
         Args:
             generation: what `read_generation` gave.
             stop: when set, it returns early.
 
         Raises:
-            GenerationRefusedError: Triton cannot load it or answers otherwise than it should.
-            EndpointGoneError: it does not answer at all.
+            GenerationRefusedError: Triton cannot load it or answers otherwise than it should. The one before goes on.
+            EndpointError: Triton does not answer at all, or serves another repository.
         """
-        for names in (list(generation.segments), ensembles_of(generation)):
-            findings = [finding for name in names if not stop.is_set() and (finding := self._load(name))]
-            if findings:
-                raise GenerationRefusedError(generation.number, findings)
-        tasks = [task for task in generation.tasks.values() if not stop.is_set()]
-        findings = [finding for task in tasks if (finding := self._rehearse(task))]
-        if findings:
-            raise GenerationRefusedError(generation.number, findings)
+        held = HeldGeneration(generation)
+        try:
+            Preparation(self._endpoint, held, self._fleet.needed(), self._member.counters, self._settings, stop).run()
+        except SegmentLoadError as error:
+            if not stop.is_set():
+                raise GenerationRefusedError(generation.number, [error.finding]) from error
+        except ServerError:
+            if not stop.is_set():
+                raise
+        if not stop.is_set():
+            self._fleet.loaded = {generation: held}
+            self._fleet.known.update(held.models, generation.tasks)
+            self._fleet.followed = generation
+            self._tidying.run()
 
     def watch(self, stop: threading.Event, interval_seconds: float) -> None:
-        """Keeps Triton alive, and what anybody loaded into it, until it is told to stop.
+        """Keeps Triton alive, and what anybody loaded into it, and follows CURRENT, until it is told to stop.
 
         Args:
             stop: when set, it returns.
@@ -114,6 +136,7 @@ class Supervisor:
             try:
                 if self._loads:
                     self._look(stop)
+                    self._follow(stop)
             except EndpointGoneError as error:
                 # It ended meanwhile, or is too busy even to count.
                 _log.warning("%s", error)
@@ -130,6 +153,36 @@ class Supervisor:
         self._owed |= self._loaded
         self._rows.clear()
         _log.warning("Triton was started again, with %d models to load", len(self._owed))
+
+    def _follow(self, stop: threading.Event) -> None:
+        """Goes over to the generation that CURRENT names, if it is another one, and tidies up after the one before."""
+        seen = self._repository.fingerprint()
+        if seen != self._seen or time.monotonic() >= self._retry_seconds:
+            self._seen, self._retry_seconds = seen, math.inf
+            try:
+                self._load_current(stop)
+            except EndpointGoneError:
+                self._seen = None
+                raise
+            except ServerError as error:
+                # Not only its files may be to blame.
+                self._retry_seconds = time.monotonic() + self._settings.retry_seconds
+                numbers = " and ".join(str(generation.number) for generation in self._fleet.loaded)
+                self._say("CURRENT", f"generation {numbers} goes on: {error}")
+        try:
+            self._tidying.run()
+        except EndpointGoneError:
+            raise
+        except EndpointError as error:
+            self._say("tidying up", f"tidying up: {error}")
+
+    def _load_current(self, stop: threading.Event) -> None:
+        generation = read_generation(self._repository, self._fleet.needed())
+        if all(generation.digest != loaded.digest for loaded in self._fleet.loaded):
+            self.load(generation, stop)
+            if not stop.is_set():
+                self._reasons.pop("CURRENT", None)
+                _log.info("generation %d serves %d tasks", generation.number, len(generation.tasks))
 
     def _look(self, stop: threading.Event) -> None:
         """Loads what is owed, then tries every segment that nobody got an answer from since the last look."""
@@ -175,18 +228,21 @@ class Supervisor:
         self._endpoint.ask(to_request(segment, row, [config.output[0].name], tensor.name), ANSWER_SECONDS)
 
     def _bring_back(self, name: str) -> None:
-        if not (self._repository / name).is_dir():
+        if not (self._repository.root / name).is_dir():
             # Loaded under a throw-away name, or collected meanwhile.
             self._owed.discard(name)
             return
-        finding = self._load(name)
-        if finding is None:
+        self._owed.add(name)
+        try:
+            self._endpoint.load(name, self._settings.load_timeout_seconds)
+        except EndpointGoneError:
+            raise
+        except EndpointError as error:
+            self._say(name, f"{name} cannot be loaded again: {error}")
+        else:
             self._owed.discard(name)
             self._reasons.pop(name, None)
             _log.warning("%s is loaded again", name)
-        else:
-            self._owed.add(name)
-            self._say(name, str(finding))
 
     def _say(self, name: str, reason: str) -> None:
         """Logs what is wrong with a model, once as long as it stays the same."""
@@ -194,63 +250,41 @@ class Supervisor:
             self._reasons[name] = reason
             _log.error("%s", reason)
 
-    def _load(self, name: str) -> Finding | None:
-        try:
-            self._endpoint.load(name, LOAD_SECONDS)
-        except EndpointGoneError:
-            raise
-        except EndpointError as error:
-            return Finding(f"model {name!r}", error.reason, "one that Triton loads", "publish again")
-        return None
 
-    def _rehearse(self, task: Task) -> Finding | None:
-        where = f"task {task.name!r}: golden answer"
-        try:
-            # One by one: how many go together is each segment's own matter.
-            requests = [to_request(task.ensemble, image[np.newaxis], ["logits"]) for image in task.golden.read_images()]
-            logits = np.concatenate([self._endpoint.ask(request, ANSWER_SECONDS)["logits"] for request in requests])
-        except EndpointError as error:
-            return Finding(where, error.reason, "logits", "publish again")
-        except (OSError, ValueError) as error:
-            return Finding(task.golden.images.name, str(error)[:300], "golden images", "publish again")
-        disagreement = find_disagreement(logits, task.golden.logits, task.golden.tolerance)
-        return None if disagreement is None else Finding(where, *disagreement, "publish again")
-
-
-def read_generation(repository: Repository) -> Generation:
+def read_generation(repository: Repository, loaded: Collection[str] | None = None) -> Generation:
     """Returns a repository's current generation, if the wheel's Triton can serve it here.
+
+    Args:
+        repository: where.
+        loaded: models that Triton holds; none before it starts. Only then the aliases have to be right: later, the publisher may still
+            be writing them.
 
     Raises:
         RepositoryError: it has faults, or is meant for a GPU.
-        SharedMemoryError: there is too little for so many segments.
+        SharedMemoryError: there is too little for so many more segments.
     """
     generation = repository.read()
     findings = list(_check_kinds(repository.root, generation))
+    if loaded is None:
+        findings += [finding for task in generation.tasks.values() for finding in check_alias(repository.root, task)]
     if findings:
         raise GenerationRefusedError(generation.number, findings)
-    check_shared_memory(generation)
+    check_shared_memory([segment for name, segment in generation.segments.items() if name not in (loaded or ())])
     return generation
 
 
-def ensembles_of(generation: Generation) -> list[str]:
-    """Returns the names of a generation's ensembles and of their aliases, the tasks' plain names, as Triton is to load them."""
-    tasks = generation.tasks.values()
-    return [*(task.ensemble for task in tasks), *generation.ensembles.values(), *generation.tasks]
-
-
-def check_shared_memory(generation: Generation, folder: pathlib.Path = FOLDER) -> None:
-    """Checks that there is enough shared memory for Triton to load a generation, and warns if full batches would need more.
+def check_shared_memory(segments: Collection[Segment], folder: pathlib.Path = FOLDER) -> None:
+    """Checks that there is enough shared memory for Triton to load segments, and warns if full batches would need more.
 
     Raises:
         SharedMemoryError: it would not even load.
     """
     free = shutil.disk_usage(folder).free
-    least = _REGION_BYTES * (len(generation.segments) + 1)
+    least = _REGION_BYTES * (len(segments) + 1)
     if free < least:
-        raise SharedMemoryError(folder, free, least, len(generation.segments))
-    specs = [spec for segment in generation.segments.values() for spec in (segment.input, segment.output)]
-    row = max(spec.known_bytes for spec in specs)
-    most = least + sum(2 * segment.max_batch_size * row for segment in generation.segments.values())
+        raise SharedMemoryError(folder, free, least, len(segments))
+    row = max((spec.known_bytes for segment in segments for spec in (segment.input, segment.output)), default=0)
+    most = least + sum(2 * segment.max_batch_size * row for segment in segments)
     if free < most:
         _log.warning("%s has %d MiB free; full batches of all segments could need %d MiB", folder, free // MIB, most // MIB)
 

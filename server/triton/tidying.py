@@ -81,13 +81,13 @@ class Tidying:
         if generation is None or (generation is self._following and not self._waiting):
             return
         self._following = generation
-        self._waiting.clear()
+        waited, self._waiting = self._waiting, {}
         for task in generation.tasks.values():
             if self._aliases.get(task.name) != task.ensemble:
                 reason = self._load_alias(task)
                 if reason:
                     self._waiting[task.name] = reason
-        if self._waiting:
+        if self._waiting and self._waiting != waited:
             # The publisher writes aliases last, so that this passes. If it does not, it is to be seen.
             _log.info("aliases at Triton %s that wait: %s", self._endpoint.address, "; ".join(self._waiting.values()))
         published = self._published()

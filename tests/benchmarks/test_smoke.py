@@ -139,6 +139,9 @@ def test_triton(tmp_path):
     assert 0 < figures["T4"]["value"] < math.inf
     servers = {(line["engine"], line["layout"]): line for line in lines[:-1] if "layout" in line}
     assert servers.keys() >= {("embedded", "shared"), ("triton", "shared"), ("triton", "one model per task")}
+    # The same Triton, and the front door.
+    (behind,) = [line for (engine, _), line in servers.items() if engine == "front door on triton"]
+    assert behind["pss_mib"] > servers["triton", behind["layout"]]["pss_mib"]
     # Two tasks, one of them with its own last block: stem and two blocks, two last blocks, two heads.
     assert {name: line["segments"] for name, line in servers.items() if name[1] == "shared"} == {
         ("embedded", "shared"): 5,
@@ -165,6 +168,29 @@ def test_early_stop(tmp_path):
     assert first["without"]["images"] == 8 * 3 * 2 * 16
     assert first["images"] == pytest.approx(first["with_it"]["images"] / first["without"]["images"], rel=1e-3)
     assert first["replay"]["wrong"] <= first["replay"]["stopped"] <= first["replay"]["judged"] < 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_scaling(tmp_path):
+    lines = smoke("scaling", tmp_path)
+    figures = figures_of(lines)
+    assert figures.keys() == {"P1", "P2", "P3", "P4"}
+    assert {line["kind"] for line in lines[:-1]} == {"measured", "arithmetic", "simulated"}
+    assert next(line for line in lines if "same_lineage" in line)["same_lineage"]
+    # 4 + 1, 8 + 1 and 12 + 1 tasks: the search that is measured adds its own, and saw those before it.
+    snapshots = [line["last_journal"] for line in lines if "last_journal" in line]
+    assert [one["snapshot_rows"] for one in snapshots] == [4, 8, 12]
+    assert all(0 < one["compressed"] < one["plain"] for one in snapshots)
+    # Twice the tasks, about four times the snapshots: each journal has one.
+    stores = [line for line in lines if "gigabytes" in line]
+    for store in stores:
+        tens = dict(zip(store["tasks"], store["gigabytes"]["snapshots"], strict=True))
+        assert tens[10_000] / tens[1000] == pytest.approx(100, rel=0.01)
+    for line in lines:
+        if "speed_up" in line:
+            assert all(0 < share <= 1 for share in line["efficiency"])
+            assert line["wall_seconds"] == sorted(line["wall_seconds"], reverse=True)
 
 
 def test_the_replay_of_early_judgement_counts_what_would_have_stopped_wrongly():

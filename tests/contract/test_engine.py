@@ -87,8 +87,8 @@ def test_what_routes_share_from_the_image_on_is_computed_once(engine: Engine, ge
     engine.load(generation)
     engine.answer(Question(generation, random_images(1, 8), SMALL)).result()
     # The clone's route rejoins the shared segment: the same weights, but another history and so a row of its own. The two may run in one
-    # batch, and do so in the embedded engine; a Triton begins with whichever comes first.
-    together = 1 if engine.name.startswith("embedded") else rows_by_layer(engine, generation, "digits")[2][2]
+    # batch.
+    together = rows_by_layer(engine, generation, "digits")[2][2]
     assert together in (1, 2)
     assert rows_by_layer(engine, generation, "digits") == [(4, 1, 1), (3, 1, 1), (3, 2, together), (1, 1, 1)]
     assert rows_by_layer(engine, generation, "hebrew")[1:3] == [(1, 1, 1), (3, 2, together)]

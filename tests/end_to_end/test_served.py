@@ -33,7 +33,6 @@ class Running:
     system: System
     repository: pathlib.Path
     process: ServerProcess
-    engine: str
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def running(published: tuple[System, pathlib.Path], request: pytest.FixtureReque
             triton = stack.enter_context(TritonProcess(environment(), published[1], log=log))
             arguments += ["--triton", triton.addresses.grpc]
         process = stack.enter_context(ServerProcess(published[1], *arguments))
-        yield Running(*published, process, request.param)
+        yield Running(*published, process)
     assert process.status == 0
 
 
@@ -78,23 +77,24 @@ def files() -> list[bytes]:
     return encoded
 
 
-def _torch_probabilities(system: System, task: str, files: list[bytes]) -> np.ndarray:
+def _torch_logits(system: System, task: str, files: list[bytes]) -> np.ndarray:
     path = system.path(system.tasks()[task].path_id)
     size = path.hyperparameters.image_size
     images = np.stack([resize(decode(file), size) for file in files])
-    logits = reference_logits(path, system.tensors, images).astype(np.float64)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    return reference_logits(path, system.tensors, images).astype(np.float64)
 
 
 @pytest.mark.parametrize("task", sorted(SKETCHES))
-def test_probabilities_equal_torchs_on_real_images_of_every_kind(running: Running, files: list[bytes], task: str):
-    expected = _torch_probabilities(running.system, task, files)
+def test_logits_and_probabilities_equal_torchs_on_real_images_of_every_kind(running: Running, files: list[bytes], task: str):
+    logits = _torch_logits(running.system, task, files)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    expected = exponentials / exponentials.sum(axis=1, keepdims=True)
     assert np.ptp(expected, axis=0).max() > 0.01, "images that all look alike would prove nothing"
     with Client(running.process.address) as client:
         answers = []
         for start in range(0, len(files), 40):
-            answers += client.classify(task, files[start : start + 40], top_k=100).classifications
+            answers += client.classify(task, files[start : start + 40], top_k=100, include_logits=True).classifications
+    assert np.abs(np.stack([answer.logits for answer in answers]) - logits).max() <= 1e-4
     found = np.zeros_like(expected)
     for row, answer in enumerate(answers):
         for label in answer.labels:
@@ -133,12 +133,6 @@ def test_one_image_for_all_tasks_runs_each_shared_segment_on_one_row(running: Ru
         assert row.rows_computed - before[name].rows_computed == len(histories[name])
     assert any(len(prefixes) == 1 and sum(name in r for r in routes.values()) >= 3 for name, prefixes in histories.items())
     assert any(len(prefixes) > 1 for prefixes in histories.values()), "some route must rejoin a shared segment"
-    if running.engine == "triton":
-        # It begins with whichever of them comes first.
-        return
-    # Rows with other histories wait for the same weights and run as one batch.
-    rejoined = [name for name, prefixes in histories.items() if len(prefixes) > 1]
-    assert any(after[name].executions - before[name].executions < len(histories[name]) for name in rejoined)
 
 
 def test_check_finds_the_repository_whole(published: tuple[System, pathlib.Path]):

@@ -9,7 +9,7 @@ from evolve.hyperparameters import Hyperparameters
 from evolve.layer import CLASS_TOKEN, HEAD, NORM, PATCH_EMBED, POS_EMBED, Layer, LayerKind, LayerSpec, block_position
 from evolve.path import Path, PlacedLayer
 from evolve.position_embedding import position_embedding_spec
-from evolve.scoring import accounted_parameters, reference_parameters, score, sharing_counts
+from evolve.scoring import accounted_parameters, others_of, reference_parameters, score, sharing_counts
 from evolve.specs import head_spec
 
 
@@ -50,6 +50,18 @@ def test_accounted_parameters_add_up_to_the_distinct_layers(choices):
     total = sum(accounted_parameters(path, sharing_counts(p for p in paths if p is not path)) for path in paths)
     distinct = {layer.id: layer.num_parameters for path in paths for _, layer in path.layers}
     assert total == pytest.approx(sum(distinct.values()))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=6))
+def test_counts_of_all_tell_those_of_the_others(choices):
+    paths = [_path(f"task{i}", block=block, head=head) for i, (block, head) in enumerate(choices)]
+    every = sharing_counts(paths)
+    for path in paths:
+        counted = sharing_counts(other for other in paths if other is not path)
+        assert {layer_id: count for layer_id, count in others_of(path, every).items() if count} == {
+            layer_id: counted[layer_id] for layer_id in path.layer_ids if layer_id in counted
+        }
+        assert accounted_parameters(path, others_of(path, every)) == accounted_parameters(path, counted)
 
 
 def test_score():

@@ -524,24 +524,33 @@ def test_a_search_begun_on_another_device_is_not_gone_on_with(tmp_path):
 
 
 def test_the_snapshot_is_taken_while_nobody_publishes(tmp_path, monkeypatch):
-    """A publication between two reads would show a parent that is no longer current."""
+    """A publication between two reads would show a parent that is no longer current; reading paths, which stay, holds up nobody."""
     system = System.create(tmp_path / "system", tiny_root(), 32)
     _run(system, ["a"])
-    held = []
 
-    def watched(system: System, of=Snapshot.of) -> Snapshot:
+    def held(name: str) -> bool:
         import fcntl
 
-        with (system.folder / "locks" / "tasks.lock").open("w") as lock:
+        with (system.folder / "locks" / f"{name}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                held.append(True)
-        return of(system)
+                return True
+            return False
 
-    monkeypatch.setattr(Snapshot, "of", staticmethod(watched))
+    found = {}
+
+    def watched(name: str, inner):
+        def look(*arguments):
+            found.setdefault(name, (held("tasks"), held("files")))
+            return inner(*arguments)
+
+        return look
+
+    monkeypatch.setattr(System, "tasks", watched("records", System.tasks))
+    monkeypatch.setattr(Snapshot, "of", staticmethod(watched("paths", Snapshot.of)))
     _run(system, ["b"])
-    assert held
+    assert found == {"records": (True, True), "paths": (False, True)}
 
 
 class ForgetfulTrainer(FakeTrainer):

@@ -284,6 +284,24 @@ def test_verify_finds_nothing_wrong_with_what_changes_meanwhile(system, monkeypa
     assert any("as the parent of task 'a'" in finding for finding in verify(system)), "a real fault would be found"
 
 
+def test_verify_reads_all_records_once_not_once_for_each_task(system, monkeypatch):
+    names = [f"task-{number}" for number in range(8)]
+    paths = {name: derive_path(system, system.root, name, {HEAD: float(number)}) for number, name in enumerate(names)}
+    for name, parent in zip(names, [system.root.id, *(path.id for path in paths.values())], strict=False):
+        system.put_path(paths[name])
+        system.put_task(_record(system, name, path_id=paths[name].id, parent_id=parent))
+    read = []
+
+    def counted(self, file, inner=System._read_task):
+        read.append(file.stem)
+        return inner(self, file)
+
+    monkeypatch.setattr(System, "_read_task", counted)
+    assert verify(system) == []
+    # Once for its own sake, once for whose parents are current, once to know which journals are closed.
+    assert max(map(read.count, names)) <= 3
+
+
 def test_a_folder_that_nobody_may_look_into(system):
     with read_only(system.folder):
         system.folder.chmod(0)

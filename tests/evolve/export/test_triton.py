@@ -12,8 +12,9 @@ from tritonclient.grpc import model_config_pb2
 from evolve.export.triton import RoutedTask, multi_task_ensemble, segment_config, task_ensemble
 from munet.v1 import generation_pb2
 from server.repository import Repository
+from server.triton.plans import HeldGeneration
 from server.triton.process import TritonProcess
-from server.triton.supervisor import Supervisor, ensembles_of, read_generation
+from server.triton.supervisor import Supervisor, read_generation
 from tests.evolve.export.conftest import Published
 from tests.support.triton import Caller, environment
 
@@ -169,12 +170,12 @@ def test_a_real_triton_loads_it_and_answers_as_torch_does(pristine: Published) -
     generation = read_generation(Repository(pristine.repository))
     with (
         TritonProcess(environment(), pristine.repository) as triton,
-        contextlib.closing(Supervisor(triton, pristine.repository)) as supervisor,
+        contextlib.closing(Supervisor(triton, Repository(pristine.repository))) as supervisor,
         Caller(triton.addresses.grpc) as caller,
     ):
         # Asks every task its golden images, whose logits torch computed.
         supervisor.load(generation, threading.Event())
-        assert caller.ready() == {*generation.segments, *ensembles_of(generation)}
+        assert caller.ready() == {*HeldGeneration(generation).models, *generation.tasks}
         images = generation.tasks["plain"].golden.read_images()
         answers = caller.infer(generation.ensembles[16], images)
         for task in ("adapted", "cloned", "plain", "short"):

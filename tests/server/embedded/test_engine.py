@@ -63,6 +63,18 @@ def test_several_workers_answer_the_same(generation: Generation) -> None:
     engine.close()
 
 
+def test_rows_of_one_question_with_several_histories_run_as_one_batch(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE)
+    engine.load(generation)
+    engine.answer(Question(generation, random_images(1, 8), ("digits", "hebrew"))).result()
+    # Both come to it through weights of their own, and leave it to heads of their own.
+    rejoined = generation.tasks["digits"].route[2]
+    assert rejoined == generation.tasks["hebrew"].route[2]
+    found = {segment.name: segment for segment in engine.statistics()}[rejoined]
+    assert (found.rows_requested, found.rows_computed, found.executions) == (2, 2, 1)
+    engine.close()
+
+
 def test_batches_are_bounded_by_rows_and_by_bytes(generation: Generation) -> None:
     image_bytes = 8 * 8 * 3
     for bounds, batches in (

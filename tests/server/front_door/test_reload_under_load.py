@@ -63,8 +63,8 @@ def test_no_failed_and_no_torn_answer(
         index = seed
         while not stop.is_set():
             index = (index + 1) % len(IMAGES)
-            # Some of the time is for whoever loads: another process.
-            await asyncio.sleep(0.02 if settings else 0)
+            # Most of the time is for whoever loads: another process.
+            await asyncio.sleep(0.05 if settings else 0)
             seen.append((index, await client.classify_tasks(IMAGES[index], ["moving", "digits"], include_logits=True)))
 
     async def run(address: str) -> None:

@@ -16,6 +16,7 @@ from server.errors import TritonEnvironmentError
 from server.triton import environment
 from server.triton.environment import find_environment, install
 from server.triton.process import TritonProcess
+from tests.server.triton.quick_install import HOLD
 from tests.support.processes import TOP
 from tests.support.processes import environment as variables
 from tests.support.repository import SHORT, RepositoryBuilder, answer, random_images
@@ -26,8 +27,8 @@ RECORD = "munet-triton.json"
 
 def test_a_killed_install_is_recognised_and_the_next_one_makes_it_whole(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "triton"
-    command = [sys.executable, "-m", "server.cli", "triton", "install", "--into", str(folder)]
-    killed = subprocess.Popen(command, cwd=TOP, env=variables(), stdout=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-m", "tests.server.triton.quick_install", "triton", "install", "--into", str(folder)]
+    killed = subprocess.Popen(command, cwd=TOP, env=variables() | {HOLD: ""}, stdout=subprocess.DEVNULL, start_new_session=True)
     wait_until(lambda: (folder / "pyvenv.cfg").exists())
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()

@@ -218,7 +218,8 @@ def test_a_segment_whose_process_is_lost_is_loaded_again(
     builder: RepositoryBuilder, pair: list[TritonProcess], number: signal.Signals
 ) -> None:
     generation = publish(builder, **PLANS)
-    with engine_on(builder, *pair, probe_timeout_seconds=1.0) as engine:
+    # Longer than the second in which Triton itself notices a dead process: else all of it seems to be silent.
+    with engine_on(builder, *pair, probe_timeout_seconds=2.5) as engine:
         engine.load(generation)
         with Asker(engine, generation) as asker:
             wait_until(lambda: asker.num_answers > 20)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +49,8 @@ def triton(builder: RepositoryBuilder) -> Iterator[TritonProcess]:
             )
             caller.load(*(task.name for task in manifest.tasks))
         yield triton
+        # Ending well would take it seconds, and is tried below.
+        os.kill(triton.pid, signal.SIGKILL)
     assert not triton.log.exists()
 
 

@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 from tritonclient.grpc import model_config_pb2
 
-from server.errors import GenerationRefusedError
+from server.cli import app
+from server.config import TritonSettings
+from server.errors import GenerationRefusedError, ServerError
 from server.repository import Repository
+from server.triton.plans import HeldGeneration
 from server.triton.process import TritonProcess
 from server.triton.shared_memory import FOLDER as MEMORY
-from server.triton.supervisor import Supervisor, ensembles_of, read_generation
+from server.triton.supervisor import Supervisor, read_generation
 from tests.support.processes import TOP, server
 from tests.support.processes import environment as variables
 from tests.support.repository import DIGITS, HEBREW, SHORT, RepositoryBuilder, TaskPlan, answer, random_images
@@ -175,6 +178,58 @@ def test_a_second_one_that_loads_nothing_only_starts_triton_again(
     assert all(is_right(caller, task) for task in PLANS)
 
 
+class Asker:
+    """Asks tasks by their plain names all the time, and keeps what went wrong."""
+
+    def __init__(self, address: str, expected: dict[str, list[np.ndarray]]) -> None:
+        self._address = address
+        self._expected = expected
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(task,)) for task in expected]
+        self.latest: dict[str, int] = {}
+        self.errors: list[BaseException] = []
+
+    def _run(self, task: str) -> None:
+        with Caller(self._address) as caller:
+            while not self._stop.wait(0.01):
+                try:
+                    logits = caller.infer(task, IMAGES)["logits"]
+                    fitting = [
+                        each.shape == logits.shape and np.allclose(each, logits, atol=1e-4) for each in self._expected[task]
+                    ]
+                    self.latest[task] = fitting.index(True)
+                except (grpc.RpcError, ValueError) as error:
+                    self.errors.append(error)
+
+    def __enter__(self) -> Asker:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_what_is_published_meanwhile_is_taken_up_and_no_answer_fails_or_is_torn(
+    run: TritonRun, caller: Caller, builder: RepositoryBuilder
+) -> None:
+    moved = TaskPlan((*SHORT.route[:2], "head:moved:3"), ("a", "b", "c"))
+    expected = {"short": [answer(SHORT, IMAGES), answer(moved, IMAGES)], "digits": [answer(DIGITS, IMAGES)]}
+    with Asker(run.address, expected) as asker:
+        wait_until(lambda: asker.latest.keys() == expected.keys())
+        builder.publish({**PLANS, "short": moved})
+        wait_until(lambda: asker.latest["short"] == 1)
+        broken = builder.publish({**PLANS, "short": TaskPlan((*moved.route[:2], "head:broken:3"), moved.labels)}, current=False)
+        said = break_segment(builder, broken, "short")
+        builder.set_current(broken)
+        wait_until(lambda: re.search(f"generation {broken - 1} goes on: generation {broken} is refused: {said}", run.said))
+        builder.publish(PLANS)
+        wait_until(lambda: asker.latest["short"] == 0)
+    assert asker.errors == []
+
+
 # What it refuses, told by Triton itself
 
 
@@ -187,18 +242,20 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> RepositoryBuilder:
 def triton(changed: RepositoryBuilder) -> Iterator[TritonProcess]:
     with TritonProcess(environment(), changed.root) as triton:
         yield triton
+        # Ending well would take it seconds, which prove nothing here.
+        os.kill(triton.pid, signal.SIGKILL)
 
 
-def break_segment(builder: RepositoryBuilder, number: int) -> str:
-    task = builder.read_manifest(number).tasks[0]
+def break_segment(builder: RepositoryBuilder, number: int, name: str = "") -> str:
+    (task,) = [task for task in builder.read_manifest(number).tasks if not name or task.name == name][:1]
     builder.replace_file(number, f"{task.route[-1]}/1/model.onnx", b"nonsense")
-    return f"model '{task.route[-1]}': found .*Protobuf parsing failed"
+    return f"segment '{task.route[-1]}': found .*Protobuf parsing failed"
 
 
 def remove_segment(builder: RepositoryBuilder, number: int) -> str:
     name = builder.read_manifest(number).tasks[0].route[-1]
     (builder.root / name / "1" / "model.onnx").unlink()
-    return f"model '{name}': found .*doesn't exist"
+    return f"segment '{name}': found .*doesn't exist"
 
 
 def alter_weights(builder: RepositoryBuilder, number: int) -> str:
@@ -208,23 +265,10 @@ def alter_weights(builder: RepositoryBuilder, number: int) -> str:
     head = other.read_manifest(1).tasks[0].route[-1]
     builder.replace_file(number, f"{task.route[-1]}/1/model.onnx", (other.root / head / "1" / "model.onnx").read_bytes())
     shutil.rmtree(other.root)
-    return f"task '{task.name}': golden answer: found a difference of .*, expected at most 0.0001"
+    return f"task '{task.name}': golden answer at .*: found a difference of .*, expected at most 0.0001"
 
 
-def break_alias(builder: RepositoryBuilder, number: int) -> str:
-    task = builder.read_manifest(number).tasks[0]
-    config = builder.root / task.name / "config.pbtxt"
-    config.write_text(config.read_text().replace(task.route[-1], "seg-000000000000"))
-    return f"model '{task.name}': found .*seg-000000000000"
-
-
-def remove_labels_of_alias(builder: RepositoryBuilder, number: int) -> str:
-    name = builder.read_manifest(number).tasks[0].name
-    (builder.root / name / "labels.txt").unlink()
-    return f"model '{name}': found .*labels.txt: No such file"
-
-
-@pytest.mark.parametrize("damage", [break_segment, remove_segment, alter_weights, break_alias, remove_labels_of_alias])
+@pytest.mark.parametrize("damage", [break_segment, remove_segment, alter_weights])
 def test_what_triton_cannot_load_is_named(
     triton: TritonProcess, changed: RepositoryBuilder, damage: Callable[[RepositoryBuilder, int], str]
 ) -> None:
@@ -239,7 +283,7 @@ def test_what_triton_cannot_load_is_named(
         expected = damage(changed, number)
         generation = read_generation(Repository(changed.root))
     with (
-        contextlib.closing(Supervisor(triton, changed.root)) as supervisor,
+        contextlib.closing(Supervisor(triton, Repository(changed.root))) as supervisor,
         pytest.raises(GenerationRefusedError, match=f"(?s)generation {number} is refused: {expected}"),
     ):
         supervisor.load(generation, threading.Event())
@@ -248,11 +292,39 @@ def test_what_triton_cannot_load_is_named(
 def test_a_generation_without_faults_loads_beside_them(triton: TritonProcess, changed: RepositoryBuilder) -> None:
     changed.publish(PLANS)
     generation = read_generation(Repository(changed.root))
-    with contextlib.closing(Supervisor(triton, changed.root)) as supervisor:
+    with contextlib.closing(Supervisor(triton, Repository(changed.root))) as supervisor:
         supervisor.load(generation, threading.Event())
     with Caller(triton.addresses.grpc) as caller:
-        assert {*generation.segments, *ensembles_of(generation)} <= caller.ready()
+        assert {*HeldGeneration(generation).models, *generation.tasks} <= caller.ready()
         assert all(is_right(caller, task) for task in PLANS)
+
+
+def test_what_no_generation_needs_any_more_is_unloaded(triton: TritonProcess, changed: RepositoryBuilder) -> None:
+    stop = threading.Event()
+    settings = TritonSettings(unload_after_seconds=0.3)
+
+    def wanted(number: int) -> set[str]:
+        generation = Repository(changed.root).read(number)
+        return {*HeldGeneration(generation).models, *generation.tasks}
+
+    first = changed.publish({"going": DIGITS, "staying": SHORT})
+    with (
+        contextlib.closing(Supervisor(triton, Repository(changed.root), settings=settings)) as supervisor,
+        Caller(triton.addresses.grpc) as caller,
+    ):
+        supervisor.load(read_generation(Repository(changed.root)), stop)
+        watcher = threading.Thread(target=supervisor.watch, args=(stop, 0.05))
+        watcher.start()
+        try:
+            wait_until(lambda: caller.ready() == wanted(first))
+            second = changed.publish({"coming": HEBREW, "staying": SHORT})
+            wait_until(lambda: caller.ready() == wanted(second))
+            # Back by hand. The alias is still there: only those of tasks that are still current were written anew.
+            changed.set_current(first)
+            wait_until(lambda: caller.ready() == wanted(first))
+        finally:
+            stop.set()
+            watcher.join()
 
 
 # What it refuses before it starts
@@ -270,6 +342,18 @@ def break_an_ensemble(builder: RepositoryBuilder) -> str:
     return f"{ensemble}/config.pbtxt: output 'logits': found no step that gives it"
 
 
+def break_an_alias(builder: RepositoryBuilder) -> str:
+    task = builder.read_manifest(1).tasks[0]
+    config = builder.root / task.name / "config.pbtxt"
+    config.write_text(config.read_text().replace(task.route[-1], "seg-000000000000"))
+    return f"short/config.pbtxt: found another config, expected {task.ensemble} under the task's name"
+
+
+def remove_labels_of_an_alias(builder: RepositoryBuilder) -> str:
+    (builder.root / "short" / "labels.txt").unlink()
+    return "short/config.pbtxt: found [Errno 2] No such file or directory"
+
+
 def move_to_a_gpu(builder: RepositoryBuilder) -> str:
     def move(config: Any) -> None:
         config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -279,7 +363,7 @@ def move_to_a_gpu(builder: RepositoryBuilder) -> str:
     return f"{segment}/config.pbtxt: instance_group: found KIND_GPU, expected KIND_CPU"
 
 
-@pytest.mark.parametrize("damage", [lose_a_file, break_an_ensemble, move_to_a_gpu])
+@pytest.mark.parametrize("damage", [lose_a_file, break_an_ensemble, break_an_alias, remove_labels_of_an_alias, move_to_a_gpu])
 def test_faults_are_named_before_triton_starts(tmp_path: pathlib.Path, damage: Callable[[RepositoryBuilder], str]) -> None:
     builder = RepositoryBuilder(tmp_path)
     builder.publish({"short": SHORT})
@@ -288,38 +372,49 @@ def test_faults_are_named_before_triton_starts(tmp_path: pathlib.Path, damage: C
         read_generation(Repository(tmp_path))
 
 
-def refuse(repository: pathlib.Path, *arguments: str | pathlib.Path) -> str:
-    result = server("triton", "run", "--repository", repository, *arguments)
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    return result.stderr
-
-
 def test_a_broken_segment_ends_it_with_status_2(tmp_path: pathlib.Path) -> None:
     builder = RepositoryBuilder(tmp_path / "repository")
     expected = break_segment(builder, builder.publish({"short": SHORT}))
     log = tmp_path / "log"
-    said = refuse(builder.root, "--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
+    arguments = ("--environment", FOLDER, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", log)
+    result = server("triton", "run", "--repository", builder.root, *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    said = result.stderr
     name = expected.split("'")[1]
-    assert said.startswith(f"munet-server: generation 1 is refused: model {name!r}: found ")
-    assert "Protobuf parsing failed. (INVALID_ARGUMENT), expected one that Triton loads; publish again" in said
+    assert said.startswith(f"munet-server: generation 1 is refused: segment {name!r}: found ")
+    assert "Protobuf parsing failed. (INVALID_ARGUMENT), expected a segment that Triton loads; export it again" in said
 
 
-def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path) -> None:
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the command in this process, which starts in no time, and returns the words of its error."""
+    # Its handlers would stay.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(repository: pathlib.Path, *arguments: str | pathlib.Path) -> str:
+        with pytest.raises(ServerError) as caught:
+            app(["triton", "run", "--repository", str(repository), *map(str, arguments)], standalone_mode=False)
+        return str(caught.value)
+
+    return run
+
+
+def test_no_environment_says_how_to_make_one(tmp_path: pathlib.Path, refuse: Callable[..., str]) -> None:
     builder = RepositoryBuilder(tmp_path / "repository")
     builder.publish({"short": SHORT})
     assert refuse(builder.root, "--environment", tmp_path / "nowhere") == (
-        f"munet-server: Triton's environment '{tmp_path}/nowhere': found no folder, expected the environment that Triton runs in; "
-        "run `make triton` in the checkout, or `munet-server triton install`\n"
+        f"Triton's environment '{tmp_path}/nowhere': found no folder, expected the environment that Triton runs in; "
+        "run `make triton` in the checkout, or `munet-server triton install`"
     )
 
 
 @pytest.mark.parametrize("arguments", [(), ("--no-load",)])
-def test_what_is_no_repository_is_refused(tmp_path: pathlib.Path, arguments: tuple[str, ...]) -> None:
+def test_what_is_no_repository_is_refused(tmp_path: pathlib.Path, arguments: tuple[str, ...], refuse: Callable[..., str]) -> None:
     assert "found a folder without the file CURRENT, expected a published generation" in refuse(tmp_path, *arguments)
 
 
-def test_what_is_no_address_is_refused(tmp_path: pathlib.Path) -> None:
-    assert refuse(tmp_path, "--http", "nowhere").startswith("munet-server: --http: found 'nowhere', expected HOST:PORT")
+def test_what_is_no_address_is_refused(tmp_path: pathlib.Path, refuse: Callable[..., str]) -> None:
+    assert refuse(tmp_path, "--http", "nowhere").startswith("--http: found 'nowhere', expected HOST:PORT")
 
 
 # Shared memory

@@ -1,0 +1,412 @@
+"""A system in a store: two machines with nothing but the store between them, in a folder and on an S3-compatible server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+
+import pytest
+
+from evolve import objects, working_copy
+from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
+from evolve.journal import read_journal
+from evolve.lineage import lineage_hash
+from evolve.store import System
+from evolve.verification import verify
+from tests.support.fake_trainer import FakeTrainer, tiny_root
+from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
+from tests.support.stores import BUCKET, flaky_proxy, machine, s3_server, use_s3
+
+_count = itertools.count()
+
+PLAN = small_plan(rounds=2, children_per_task=4)
+"""A short one, where it is not the search that is tried."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def url(tmp_path):
+    """Of an empty store in a folder."""
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture(params=["file", "s3"])
+def any_url(request, tmp_path, monkeypatch):
+    """Of an empty store in a folder, and on a server."""
+    if request.param == "file":
+        return (tmp_path / "store").as_uri()
+    use_s3(monkeypatch, request.getfixturevalue("server"))
+    return f"s3://{BUCKET}/{next(_count)}"
+
+
+@pytest.fixture
+def here(tmp_path):
+    with machine(tmp_path / "here") as folder:
+        yield folder
+
+
+def test_a_search_in_a_store_is_the_search_in_a_folder(any_url, here, tmp_path):
+    expected = evolve_tasks(tmp_path / "folder", plan=PLAN)
+    system = evolve_tasks(any_url, plan=PLAN)
+    assert lineage_hash(system) == lineage_hash(expected)
+    assert system.location == any_url
+    with machine(tmp_path / "there"):
+        other = System.open(any_url)
+        assert other.folder != system.folder
+        assert lineage_hash(other) == lineage_hash(expected)
+        assert verify(other) == []
+        assert other.tasks() == system.tasks()
+
+
+def test_another_machine_goes_on_where_one_was_lost(url, here, tmp_path):
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder"))
+    with pytest.raises(Killed):
+        evolve_tasks(url, trainer=MortalTrainer(13))
+    trainer = FakeTrainer()
+    with machine(tmp_path / "there"):
+        system = evolve_tasks(url, trainer=trainer)
+        assert lineage_hash(system) == expected
+        assert verify(system) == []
+    # What was shared was not trained again.
+    assert sum(len(plan.children) for plan in trainer.plans) == 4 * 8 - 13
+
+
+def test_two_machines_that_take_turns_at_random_moments(url, here, tmp_path):
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder"))
+    for turn, lives in enumerate((0, 1, 5, 2, 7, 3, 100)):
+        with machine(tmp_path / f"machine-{turn % 2}"):
+            if lives < 100:
+                with pytest.raises(Killed):
+                    evolve_tasks(url, trainer=MortalTrainer(lives))
+            else:
+                assert lineage_hash(evolve_tasks(url)) == expected
+
+
+class _Interrupted(FakeTrainer):
+    """Lets something else happen before its n-th child."""
+
+    def __init__(self, before: int, happens) -> None:
+        super().__init__()
+        self._before = before
+        self._happens = happens
+
+    def train(self, plan):
+        for pack in super().train(plan):
+            if self._before == 0:
+                self._happens()
+            self._before -= 1
+            yield pack
+
+    def examine(self, path):
+        if self._before == 0:
+            self._happens()
+        return super().examine(path)
+
+
+@pytest.fixture
+def told(here, tmp_path):
+    """Has another machine do a round while this one is at it, and checks who wins, and what the other is told."""
+
+    def check(url, before, plan):
+        evolve_tasks(url, "a", plan=plan)
+
+        def other_machine():
+            with machine(tmp_path / "there"):
+                evolve_tasks(url, "b", plan=plan, trainer=FakeTrainer(test_accuracy=0.25))
+
+        with pytest.raises(ConflictError, match="another machine has gone on with journal/b-0001 of .*run again") as told:
+            evolve_tasks(url, "b", plan=plan, trainer=_Interrupted(before, other_machine))
+        kept = next(here.glob("*/journal/removed/b-0001.*.jsonl"))
+        assert str(kept) in str(told.value)
+        system = System.open(url)
+        assert system.tasks()["b"].test_accuracy == 0.25
+        assert verify(system) == []
+        return system
+
+    return check
+
+
+@pytest.mark.parametrize("before", [0, 3, 8])
+def test_of_two_machines_in_one_round_one_wins_and_the_other_is_told(url, told, tmp_path, before):
+    told(url, before, small_plan(rounds=1))
+    # It goes on from what the other published.
+    again = evolve_tasks(url, "b", plan=small_plan())
+    assert again.tasks()["b"].rounds == 2
+    assert verify(again) == []
+    with machine(tmp_path / "third"):
+        assert lineage_hash(System.open(url)) == lineage_hash(again)
+
+
+def test_so_it_is_on_object_storage(server, monkeypatch, told):
+    use_s3(monkeypatch, server)
+    told(f"s3://{BUCKET}/told", 2, small_plan(rounds=1, children_per_task=4))
+
+
+def test_a_machine_whose_search_was_taken_over_is_told_even_if_its_number_is_free_again(url, here, tmp_path):
+    """Versions that were superseded are removed, so that the next number of the one left behind is not taken."""
+
+    def taken_over():
+        with machine(tmp_path / "there"):
+            evolve_tasks(url, "a", plan=small_plan(rounds=1))
+
+    with pytest.raises(ConflictError):
+        evolve_tasks(url, "a", plan=small_plan(rounds=1), trainer=_Interrupted(1, taken_over))
+    with machine(tmp_path / "third"):
+        assert [record["type"] for record in read_journal(System.open(url).journals()[0].file)][-1] == "close"
+
+
+def test_two_tasks_published_at_once_start_from_what_was_there(url, here, tmp_path):
+    evolve_tasks(url, "a", plan=small_plan(rounds=1))
+
+    def other_machine():
+        with machine(tmp_path / "there"):
+            evolve_tasks(url, "c", plan=small_plan(rounds=1))
+            evolve_tasks(url, "a")
+
+    system = evolve_tasks(url, "b", plan=small_plan(rounds=1), trainer=_Interrupted(2, other_machine))
+    opened = read_journal(system.journal_file("b", 0))[0]
+    assert [row["name"] for row in opened["snapshot"]] == ["a"]
+    records = system.tasks()
+    assert set(records) == {"a", "b", "c"}
+    assert records["a"].rounds == 2
+    current = {record.path_id for record in records.values()} | {system.root.id}
+    assert all(record.parent_id in current for record in records.values())
+    assert verify(system) == []
+
+
+def test_a_task_that_is_removed_hands_its_parent_on(url, here, tmp_path):
+    system = evolve_tasks(url, "abcd", plan=small_plan(rounds=1, mutation_rate=0.0))
+    for name in "abc":
+        before = system.tasks()
+        with system.evolving(name), system.locks.publishing():
+            system.remove_task(name)
+        after = system.tasks()
+        assert name not in after
+        for other, record in after.items():
+            was = before[other].parent_id
+            assert record.parent_id == (before[name].parent_id if was == before[name].path_id else was)
+        assert verify(system) == []
+    with machine(tmp_path / "there"):
+        again = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+        assert set(again.tasks()) == {"a", "d"}
+        assert verify(again) == []
+
+
+def test_a_task_removed_while_another_machine_evolves_it(url, here, tmp_path):
+    evolve_tasks(url, "a", plan=small_plan(rounds=1))
+
+    def removed():
+        with machine(tmp_path / "there"):
+            system = System.open(url)
+            with system.evolving("a"), system.locks.publishing():
+                system.remove_task("a")
+
+    with pytest.raises(ConflictError):
+        evolve_tasks(url, "a", trainer=_Interrupted(3, removed))
+    assert System.open(url).tasks() == {}
+
+
+def test_layers_are_fetched_once_and_checked(url, here, tmp_path, monkeypatch):
+    evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    fetched = []
+    with machine(tmp_path / "there"):
+        kind = type(System.open(url)._objects)
+
+        def counting(self, name, get=kind.get):
+            fetched.append(name)
+            return get(self, name)
+
+        monkeypatch.setattr(kind, "get", counting)
+        for _ in range(2):
+            system = System.open(url)
+            path = system.path(system.tasks()["a"].path_id)
+            for layer_id in path.layer_ids:
+                assert system.tensors(layer_id)
+        layers = [name for name in fetched if name.startswith("layers/")]
+        assert len(layers) == len(set(layers))
+
+
+def test_what_was_altered_in_the_store_is_found_and_never_taken(url, here, tmp_path):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    path = system.path(system.tasks()["a"].path_id)
+    layer = path.layers[-1].layer.id
+    name = f"layers/{layer[:2]}/{layer}.safetensors"
+    data = bytearray(system._objects.get(name))
+    data[-1] ^= 1
+    system._objects.put(name, bytes(data))
+    assert any(f"{name} altered" in finding for finding in verify(system))
+    with machine(tmp_path / "there") as folder:
+        with pytest.raises(DamagedError, match=f"found {url}/{name} altered"):
+            System.open(url).path(path.id)
+        assert not list(folder.rglob(f"{layer}.*"))
+
+
+def test_another_system_at_the_same_url_is_not_mixed_with_the_earlier_one(tmp_path, here):
+    url = (tmp_path / "store").as_uri()
+    evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    with pytest.raises(SystemFolderError, match=r"found no system in file:.* any more"):
+        evolve_tasks(url, "a")
+    with machine(tmp_path / "there"):
+        evolve_tasks(url, "b", plan=small_plan(rounds=1))
+    with pytest.raises(SystemFolderError, match="a working copy of system .*remove that folder"):
+        System.open(url)
+
+
+def test_a_store_and_a_folder_are_not_taken_for_one_another(tmp_path, here):
+    evolve_tasks(tmp_path / "folder", "a", plan=small_plan(rounds=1))
+    evolve_tasks((tmp_path / "store").as_uri(), "a", plan=small_plan(rounds=1))
+    for location in (tmp_path / "store", (tmp_path / "folder").as_uri()):
+        with pytest.raises(SystemFolderError, match="a system in a store is opened by a URL"):
+            System.open(location)
+
+
+def test_a_store_that_is_not_there_or_not_for_us(server, here, tmp_path, monkeypatch):
+    use_s3(monkeypatch, server)
+    with pytest.raises(SystemFolderError, match=f"found no system in s3://{BUCKET}/none"):
+        System.open(f"s3://{BUCKET}/none")
+    with pytest.raises(StoreError, match="could not use s3://no-such-bucket/a .*bucket does not exist"):
+        System.create("s3://no-such-bucket/a", tiny_root(), 32)
+    with pytest.raises(StoreError, match=r"three slashes"):
+        System.open("file://relative/folder")
+    with pytest.raises(StoreError, match=r"other processes"):
+        System.open("memory://a")
+    with pytest.raises(StoreError, match=r"could not use odd://a"):
+        System.open("odd://a")
+    with pytest.raises(StoreError, match=r"found no package for gs://a .*gcsfs"):
+        System.open("gs://a")
+
+
+def test_without_credentials_nobody_waits(server, here, monkeypatch):
+    use_s3(monkeypatch, server)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("MUNET_STORE_PATIENCE", "600")
+    with pytest.raises(StoreError, match="credentials"):
+        System.create(f"s3://{BUCKET}/without-{next(_count)}", tiny_root(), 32)
+
+
+def test_without_its_package_a_store_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
+    with pytest.raises(StoreError, match=r"pip install '.\[s3\]'"):
+        System.open("s3://a/b")
+
+
+def test_a_store_that_replaces_what_is_there_is_refused(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(objects._Folder, "create", lambda self, name, data: self.put(name, data) or True)
+    with pytest.raises(StoreError, match="conditional writes"):
+        System.create((tmp_path / "store").as_uri(), tiny_root(), 32)
+
+
+def test_through_a_proxy_that_loses_requests_and_answers_the_search_is_the_same(server, here, tmp_path, monkeypatch):
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=PLAN))
+    with flaky_proxy(server) as (address, faults):
+        use_s3(monkeypatch, address)
+        monkeypatch.setattr(objects.time, "sleep", lambda _: None)
+        url = f"s3://{BUCKET}/{next(_count)}"
+        faults.share = 0.1
+        system = evolve_tasks(url, plan=PLAN)
+        assert lineage_hash(system) == expected
+        assert faults.num_failed > 10
+        faults.share = 0.0
+        assert verify(system) == []
+
+
+def test_a_folder_that_is_not_mounted_for_a_while(tmp_path, here, monkeypatch, caplog):
+    store = tmp_path / "mount" / "store"
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
+
+    def unmounted():
+        store.parent.rename(tmp_path / "away")
+
+    waits = []
+
+    def mounted_again(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            (tmp_path / "away").rename(store.parent)
+
+    monkeypatch.setattr(objects.time, "sleep", mounted_again)
+    store.parent.mkdir()
+    system = evolve_tasks(store.as_uri(), "ab", plan=small_plan(rounds=1), trainer=_Interrupted(2, unmounted))
+    assert waits == [1.0, 2.0, 4.0]
+    assert f"{store.as_uri()} does not answer (EHOSTDOWN" in caplog.text
+    assert lineage_hash(system) == expected
+
+
+def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
+    store = tmp_path / "mount" / "store"
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
+    store.parent.mkdir()
+    monkeypatch.setenv("MUNET_STORE_PATIENCE", "0")
+    with pytest.raises(
+        StoreError, match="did not answer for 0 seconds.*run again once it can be: nothing that was finished is lost"
+    ):
+        evolve_tasks(
+            store.as_uri(),
+            plan=small_plan(rounds=1),
+            trainer=_Interrupted(2, lambda: store.parent.rename(tmp_path / "away")),
+        )
+    (tmp_path / "away").rename(store.parent)
+    trainer = FakeTrainer()
+    system = evolve_tasks(store.as_uri(), plan=small_plan(rounds=1), trainer=trainer)
+    assert lineage_hash(system) == expected
+    assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 3
+
+
+def test_garbage_is_not_collected_where_no_lock_is_seen(tmp_path, here):
+    from evolve.collecting import collect
+
+    system = evolve_tasks((tmp_path / "store").as_uri(), "a", plan=small_plan(rounds=1))
+    with pytest.raises(SystemFolderError, match="no lock keeps other machines"):
+        collect(system, delete=False)
+
+
+def test_nothing_in_a_store_is_ever_changed(tmp_path, here, monkeypatch):
+    """But journals that were superseded, which are removed."""
+    store = tmp_path / "store"
+    seen: dict[pathlib.Path, bytes] = {}
+
+    def look(self, names, remove=objects._Folder.remove):
+        check()
+        remove(self, names)
+
+    def check():
+        for file in store.rglob("*.*"):
+            if file.is_file() and not file.name.startswith("."):
+                assert seen.setdefault(file, file.read_bytes()) == file.read_bytes()
+
+    monkeypatch.setattr(objects._Folder, "remove", look)
+    evolve_tasks(store.as_uri())
+    check()
+    gone = {file.parent.parent.name for file in seen if not file.exists() and not file.name.startswith("probe")}
+    assert gone == {"journal"}
+    assert len(list((store / "journal").glob("*/*"))) == 4
+    assert sorted(file.name for file in (store / "tasks" / "a").iterdir()) == ["1.json", "2.json"]
+    assert json.loads((store / "tasks/a/1.json").read_text())["record"]["rounds"] == 1
+
+
+def test_working_copies_lie_where_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("MUNET_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = working_copy.working_folder("s3://bucket/my system")
+    assert folder.parent == tmp_path / "munet"
+    assert folder.name.startswith("my-system-")
+    assert folder != working_copy.working_folder("s3://other/my system")
+    with machine(tmp_path / "chosen"):
+        assert working_copy.working_folder("s3://bucket/my system").parent == tmp_path / "chosen"
