@@ -50,7 +50,6 @@ def open_search(system: System, task: ActiveTask, settings: Mapping[str, Any], t
     # From the look at the system until the journal names what was seen.
     with system.locks.storing():
         with system.locks.publishing():
-            system.pull()
             records = system.tasks()
         # What they name is read beside those who publish: paths never change, and stay while this is storing.
         snapshot = Snapshot.of(system, records)

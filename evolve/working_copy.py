@@ -35,7 +35,7 @@ import safetensors.numpy
 
 from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
 from evolve.journal import Journal, Record
-from evolve.layer import LayerKind, LayerSpec, Position, Tensors, layer_id
+from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_id
 from evolve.objects import Objects, open_objects
 from evolve.path import path_id
 from evolve.store import JournalFile, System, TaskRecord, check_document, parse_json, read_json, to_json
@@ -79,6 +79,7 @@ class WorkingCopy(System):
         self._versions: dict[str, _Version] | None = None
         self._records: dict[str, TaskRecord] = {}
         self._begun: dict[str, int] = {}
+        self._is_at_work = False
         # Names of what is known to be in the store, and of what this process has written here.
         self._shared: set[str] = set()
         self._written: set[str] = set()
@@ -116,6 +117,13 @@ class WorkingCopy(System):
             _check_content(name, data, self.location)
             self._write(file, data)
             self._shared.add(name)
+
+    def position_embedding(self, grid: int) -> Layer:
+        """See System.position_embedding; workers elsewhere need it before a path that has it is shared."""
+        layer = super().position_embedding(grid)
+        if self._is_at_work:
+            self._share_file(self._layer_file(layer.id))
+        return layer
 
     def share_path(self, wanted: str) -> None:
         """Puts a path after its layers, unless it is in the store."""
@@ -225,6 +233,7 @@ class WorkingCopy(System):
     def evolving(self, task: str) -> Iterator[None]:
         """See System.evolving."""
         with self.locks.evolving(task):
+            self._is_at_work = True
             self.pull()
             versions = self._versions or {}
             self._begun[task] = versions[task].number if task in versions else 0
@@ -236,6 +245,7 @@ class WorkingCopy(System):
     def comparing(self, baseline: str, task: str) -> Iterator[None]:
         """See System.comparing."""
         with self.locks.comparing(baseline, task):
+            self._is_at_work = True
             self._catch_up(self.folder / "baselines" / baseline / f"{task}.jsonl")
             yield
 

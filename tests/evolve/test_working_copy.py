@@ -219,6 +219,14 @@ def test_a_task_removed_while_another_machine_evolves_it(url, here, tmp_path):
     assert System.open(url).tasks() == {}
 
 
+def test_a_resampled_position_embedding_is_there_before_a_path_that_has_it(url, here, tmp_path):
+    system = System.create(url, tiny_root(), 32)
+    with system.evolving("a"):
+        layer = system.position_embedding(4)
+    with machine(tmp_path / "there"):
+        assert System.open(url).layer(layer.id) == layer
+
+
 def test_layers_are_fetched_once_and_checked(url, here, tmp_path, monkeypatch):
     evolve_tasks(url, "a", plan=small_plan(rounds=1))
     fetched = []

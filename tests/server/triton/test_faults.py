@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from server.client import ClassifyTasksResult, Client
 from server.engine import Question
 from server.errors import (
     EndpointError,
@@ -27,7 +28,8 @@ from server.triton.engine import TritonEngine
 from server.triton.fleet import EndpointReport, State
 from server.triton.process import TritonProcess
 from tests.support.repository import DIGITS, GREEK, HEBREW, RepositoryBuilder, TaskPlan, answer, random_images
-from tests.support.triton import Caller, engine_on, environment, segment_process, wait_until
+from tests.support.serving import serving
+from tests.support.triton import Caller, engine_on, environment, segment_process, triton_settings, wait_until
 
 IMAGES = random_images(3, 8, seed=11)
 PLANS = {"digits": DIGITS, "greek": GREEK}
@@ -397,3 +399,43 @@ def test_what_a_killed_server_left_is_unloaded_by_the_next(builder: RepositoryBu
         engine.load(second)
         wait_until(lambda: ready(only) == {*second.segments, second.tasks["hebrew"].ensemble, second.ensembles[8]})
         check(engine, second, {"hebrew": HEBREW})
+
+
+def test_reloads_on_two_tritons_fail_and_tear_no_answer(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
+    moved = {"digits": DIGITS, "greek": TaskPlan((*GREEK.route[:-1], "head:moved:3"), ("a", "b", "c"))}
+    systems = (PLANS, moved)
+    expected = [{name: answer(plan, IMAGES[:1])[0] for name, plan in system.items()} for system in systems]
+    first = publish(builder, **PLANS)
+    seen: list[ClassifyTasksResult] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def ask(address: str) -> None:
+        with Client(address) as client:
+            while not stop.wait(0.03):
+                try:
+                    seen.append(client.classify_tasks(IMAGES[0], list(TASKS), include_logits=True))
+                except Exception as error:
+                    errors.append(error)
+
+    told = triton_settings(builder.root, *pair)
+    with serving(builder.root, engine=told.engine, triton=told.triton) as server:
+        threads = [threading.Thread(target=ask, args=(server.address,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for index in range(1, 6):
+                last = publish(builder, **systems[index % 2])
+                wait_until(lambda: errors or (seen and seen[-1].generation == last.number), 20)  # noqa: B023
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        for triton in pair:
+            assert ready(triton) >= {*last.segments, *(task.ensemble for task in last.tasks.values())}
+    assert errors == []
+    assert {result.generation for result in seen} >= {first.number, last.number}
+    for result in seen:
+        for found in result.tasks:
+            right = expected[(result.generation - first.number) % 2][found.task]
+            np.testing.assert_allclose(found.classification.logits, right, atol=1e-4)
