@@ -55,8 +55,8 @@ class Gate:
                 fetched, and nothing of muNet needed, before versions have been compared.
 
         Returns:
-            `node`, its id; `host`, its name; `installed` of it; and if that was as expected either `error`, what kept it from working, or
-            `processor`, what it computes on.
+            `node`, its id; `host`, its name; `process`, this one's id; what `installed` says of it; and if that was as expected either
+            `error`, what kept it from working, or `processor`, what it computes on.
         """
         import ray
 
@@ -64,7 +64,7 @@ class Gate:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         context = ray.get_runtime_context()
         found = installed()
-        answer: dict[str, Any] = {"node": context.get_node_id(), "host": socket.gethostname(), "installed": found}
+        answer = {"node": context.get_node_id(), "host": socket.gethostname(), "process": os.getpid(), "installed": found}
         if found == expected:
             from evolve.training import ray_trainer
 

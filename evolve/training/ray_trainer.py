@@ -61,6 +61,7 @@ class _Worker:
     actor: Any
     future: concurrent.futures.Future[Any] | None
     node: str | None = None
+    process: int = 0
     host: str = ""
     processor: str = ""
     job: _Job | None = None
@@ -186,7 +187,8 @@ class RayTrainer(SpreadTrainer):
                 raise WorkersDiedError(MOST_DEATHS, "as they started", _short(error)) from error
             return
         worker.future = None
-        worker.node, worker.host, worker.processor = begun["node"], begun["host"], begun.get("processor", "")
+        worker.node, worker.host, worker.process = begun["node"], begun["host"], begun["process"]
+        worker.processor = begun.get("processor", "")
         refusal = self._refusal(begun)
         if refusal is not None:
             self._dismiss(worker)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pathlib
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evolve import api
 from evolve.data.task import TaskData
 from evolve.errors import ClusterError, SettingsError
+from evolve.generation import GenerationPlan
 from evolve.lineage import lineage_hash
 from evolve.search import SilentObserver
 from evolve.store import System
@@ -23,7 +30,7 @@ from evolve.training import ray_cluster, ray_trainer
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.ray_trainer import RayTrainer
 from tests.evolve.training.test_workers import DATA, PLAN, SETTINGS, make_system, plan_of
-from tests.support.processes import TOP
+from tests.support.processes import TOP, environment
 
 ray = pytest.importorskip("ray")
 
@@ -33,10 +40,13 @@ def cluster() -> Iterator[Any]:
     """A cluster whose head takes no work, with two nodes that have room for a worker each."""
     from ray.cluster_utils import Cluster
 
-    given = {"PYTHONPATH": str(TOP), "RAY_USAGE_STATS_ENABLED": "0"}
+    # Not below tmp_path: names of sockets are short.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    given = {"PYTHONPATH": str(TOP), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
     before = {name: os.environ.get(name) for name in given}
     os.environ |= given
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": soon})
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
@@ -45,6 +55,7 @@ def cluster() -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -60,16 +71,35 @@ def settings_of(cluster: Any, **changes: Any) -> Any:
     return SETTINGS.model_copy(update={"executor": "ray", "address": cluster.address, **changes})
 
 
-def workers_of_cluster() -> list[int]:
-    """Returns the processes of workers."""
-    found = []
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::Gate"):
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
+def worker_at_work(trainer: RayTrainer) -> Any:
+    """Returns a worker that is at something, or else one that waits."""
+    return max((worker for worker in trainer._workers if worker.node), key=lambda worker: worker.job is not None)
+
+
+def lose_node(cluster: Any, trainer: RayTrainer) -> None:
+    """Ends the node of a worker that is at something as a machine ends: all its processes at once."""
+    lost = worker_at_work(trainer)
+    node = next(node for node in cluster.list_all_nodes() if node.node_id == lost.node)
+    for worker in trainer._workers:
+        if worker.node == lost.node:
+            os.kill(worker.process, signal.SIGSTOP)
+    cluster.remove_node(node, allow_graceful=False)
+    for worker in trainer._workers:
+        if worker.node == lost.node:
+            os.kill(worker.process, signal.SIGKILL)
+
+
+def lives(process: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def long_plan(size: int) -> GenerationPlan:
+    """Returns a plan whose packs take long enough for one to be under way."""
+    plan = plan_of(size)
+    return dataclasses.replace(plan, length=dataclasses.replace(plan.length, intervals=4, batches_per_interval=60))
 
 
 class _AtChild(SilentObserver):
@@ -85,15 +115,13 @@ class _AtChild(SilentObserver):
 
 
 def test_a_worker_that_is_killed_costs_its_pack_only(cluster: Any, system: System) -> None:
-    plan = plan_of()
-    plan = dataclasses.replace(plan, length=dataclasses.replace(plan.length, intervals=4, batches_per_interval=60))
     told: list[str] = []
     trainer = RayTrainer(system, DATA, settings_of(cluster), told.append)
     found = []
-    for pack in trainer.train(plan):
+    for pack in trainer.train(long_plan(6)):
         found += [child.index for child in pack.children]
         if len(found) == 1:
-            os.kill(workers_of_cluster()[0], signal.SIGKILL)
+            os.kill(worker_at_work(trainer).process, signal.SIGKILL)
     assert sorted(found) == list(range(6))
     assert any("died at children" in sentence and sentence.endswith("it runs again") for sentence in told)
     assert trainer.identity == OneByOneTrainer(DATA, system.tensors, SETTINGS).identity
@@ -103,55 +131,113 @@ def test_what_a_straggler_is_at_is_done_by_another_and_comes_once(
     cluster: Any, system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_trainer, "STRAGGLER_SECONDS", 1.0)
-    plan = plan_of(2)
-    plan = dataclasses.replace(plan, length=dataclasses.replace(plan.length, intervals=4, batches_per_interval=60))
     told: list[str] = []
     trainer = RayTrainer(system, DATA, settings_of(cluster), told.append)
     # Until both work.
     while sum(worker.node is not None for worker in trainer._workers) < 2:
         assert len(list(trainer.train(plan_of(2)))) == 2
-    os.kill(workers_of_cluster()[0], signal.SIGSTOP)
-    found = [child.index for pack in trainer.train(plan) for child in pack.children]
+    stopped = trainer._workers[0].process
+    os.kill(stopped, signal.SIGSTOP)
+    found = [child.index for pack in trainer.train(long_plan(2)) for child in pack.children]
     assert sorted(found) == [0, 1]
     assert any("another one does the same" in sentence for sentence in told), told
+    assert_gone([stopped])
+
+
+def test_a_worker_that_is_sick_is_replaced_and_what_it_was_at_is_done_elsewhere(
+    cluster: Any, system: System, tmp_path: pathlib.Path
+) -> None:
+    told: list[str] = []
+    data = dataclasses.replace(DATA, train=dataclasses.replace(DATA.train, images=_FullDisk(DATA.train.images, tmp_path / "was")))
+    trainer = RayTrainer(system, data, settings_of(cluster, workers=1), told.append)
+    found = [one for pack in trainer.train(plan_of(2)) for one in pack.children]
+    assert [child.index for child in found] == [0, 1]
+    expected = [one for pack in OneByOneTrainer(DATA, system.tensors, SETTINGS).train(plan_of(2)) for one in pack.children]
+    for one, other in zip(found, expected, strict=True):
+        for position, tensors in one.trained.items():
+            assert all(np.array_equal(tensor, other.trained[position][name]) for name, tensor in tensors.items())
+    assert any("failed at children [0] of 'easy' (OSError: [Errno 28]" in sentence for sentence in told), told
+
+
+class _FullDisk(list):
+    """Images that the first other process to look at them cannot have."""
+
+    def __init__(self, images: Any, file: pathlib.Path) -> None:
+        super().__init__(images)
+        self.file, self.owner = file, os.getpid()
+
+    def __iter__(self) -> Iterator[Any]:
+        if os.getpid() != self.owner and not self.file.exists():
+            self.file.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().__iter__()
 
 
 def test_a_worker_of_another_version_is_refused(cluster: Any, system: System) -> None:
-    trainer = RayTrainer(system, DATA, settings_of(cluster))
+    trainer = RayTrainer(system, DATA, settings_of(cluster, workers=1))
     trainer._expected = {**trainer._expected, "evolve": "0123456789ab"}
     with pytest.raises(ClusterError, match=r"found evolve [0-9a-f]{12} on node .*expected evolve 0123456789ab.*install the same"):
         list(trainer.train(plan_of(2)))
 
 
 def test_a_node_that_does_not_see_the_system_says_so(cluster: Any, system: System) -> None:
-    trainer = RayTrainer(system, DATA, settings_of(cluster))
+    trainer = RayTrainer(system, DATA, settings_of(cluster, workers=1))
     system.folder.rename(system.folder.with_name("elsewhere"))
     with pytest.raises(ClusterError, match=r"found no system in .* on node "):
         list(trainer.train(plan_of(2)))
 
 
 def test_an_error_of_a_pack_comes_back_as_it_is(cluster: Any, system: System) -> None:
-    trainer = RayTrainer(system, DATA, settings_of(cluster))
+    trainer = RayTrainer(system, DATA, settings_of(cluster, workers=1))
     with pytest.raises(ValueError, match="'other'"):
         list(trainer.train(dataclasses.replace(plan_of(2), task="other")))
 
 
 def test_workers_end_with_their_trainer(cluster: Any, system: System) -> None:
-    trainer = RayTrainer(system, DATA, settings_of(cluster))
+    trainer = RayTrainer(system, DATA, settings_of(cluster, workers=1))
     assert len(list(trainer.train(plan_of(2)))) == 2
-    assert workers_of_cluster()
+    processes = [worker.process for worker in trainer._workers if worker.node]
+    assert processes
     del trainer
-    deadline = time.monotonic() + 20
-    while workers_of_cluster():
-        assert time.monotonic() < deadline
+    assert_gone(processes)
+
+
+def assert_gone(processes: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(map(lives, processes)):
+        assert time.monotonic() < deadline, "workers outlived what they were for"
         time.sleep(0.1)
+
+
+def test_workers_end_with_a_search_that_is_killed(cluster: Any, system: System, tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "starts.py"
+    script.write_text(
+        "import sys, time\n"
+        "from evolve.store import System\n"
+        "from tests.evolve.training.test_ray import DATA, RayTrainer, SETTINGS, long_plan\n"
+        "settings = SETTINGS.model_copy(update={'executor': 'ray', 'address': sys.argv[2], 'workers': 1})\n"
+        "trainer = RayTrainer(System.open(sys.argv[1]), DATA, settings)\n"
+        "next(trainer.train(long_plan(4)))\n"
+        "packs = trainer.train(long_plan(4))\n"
+        "next(packs)\n"
+        "print(*(worker.process for worker in trainer._workers), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, str(script), str(system.folder), cluster.address]
+    process = subprocess.Popen(command, env=environment(), cwd=TOP, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = [int(word) for word in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(workers) == 1
+    assert_gone(workers)
 
 
 # The last one that needs the cluster.
 def test_a_search_with_a_node_lost_in_its_middle_is_the_search_of_one_process(
     cluster: Any, system: System, tmp_path: pathlib.Path
 ) -> None:
-    # Packs that take long enough for one to be under way.
     plan = dataclasses.replace(PLAN, training=settings_of(cluster, intervals=4, batches_per_interval=60))
     told: list[str] = []
     trainers: list[RayTrainer] = []
@@ -160,13 +246,7 @@ def test_a_search_with_a_node_lost_in_its_middle_is_the_search_of_one_process(
         trainers.append(RayTrainer(system, data, plan.training, told.append))
         return trainers[0]
 
-    def lose() -> None:
-        """Takes away the node of a worker that is at something, or else of one that waits."""
-        worker = max((worker for worker in trainers[0]._workers if worker.node), key=lambda worker: worker.job is not None)
-        node = next(node for node in cluster.list_all_nodes() if node.node_id == worker.node)
-        cluster.remove_node(node, allow_graceful=False)
-
-    api.run_tasks(system, [DATA], plan, make_trainer=make, observer=_AtChild(2, lose))
+    api.run_tasks(system, [DATA], plan, make_trainer=make, observer=_AtChild(2, lambda: lose_node(cluster, trainers[0])))
     alone = make_system(tmp_path / "alone")
     single = plan.training.model_copy(update={"executor": "processes", "address": None, "workers": 1})
     api.run_tasks(alone, [DATA], dataclasses.replace(plan, training=single))
@@ -187,6 +267,14 @@ def test_an_address_that_cannot_be_used_is_told_at_once(address: str, kind: type
     with pytest.raises(kind, match=message):
         ray_cluster._reach(address)
     assert time.monotonic() - started < 20
+
+
+def test_who_listens_but_is_no_cluster_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "CONNECT_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=r"can be used \(no answer within 2 s\)"):
+            ray_cluster._reach(address)
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
