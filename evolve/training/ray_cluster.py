@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -121,10 +122,10 @@ def _reach(address: str) -> None:
 
 
 def _reason(told: str) -> str:
-    """Returns the error that a traceback ends with."""
-    lines = [line for line in told.splitlines() if line and not line.startswith((" ", "\t", "["))]
-    start = next((number for number, line in enumerate(lines) if "Error" in line.partition(":")[0]), len(lines) - 1)
-    return " ".join(line.strip() for line in lines[start:])[:500] or "it ended without a word"
+    """Returns the error that the last traceback ends with."""
+    lines = told.splitlines()
+    starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])[:500] or "it ended without a word"
 
 
 def _first_line(text: str) -> str:

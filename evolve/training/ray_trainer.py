@@ -25,6 +25,9 @@ from evolve.training.device import resolve_device
 from evolve.training.ray_cluster import connect
 from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, make_trainer
 
+QUIET_SECONDS = 30.0
+"""So long a search waits for a first worker without a word."""
+
 PATIENCE_SECONDS = 300.0
 """So long a search waits for a first worker while the cluster has no room for one."""
 
@@ -111,6 +114,7 @@ class RayTrainer(SpreadTrainer):
         self._failed_starts = 0
         self._longest = 0.0
         self._told = ""
+        self._waits = False
         weakref.finalize(self, _end, self._ray, self._workers)
 
     @property
@@ -220,17 +224,24 @@ class RayTrainer(SpreadTrainer):
     def _check_hope(self, idle_seconds: float) -> None:
         """Raises ClusterError if no worker is left and none can come, or none came for a long time."""
         if any(worker.node for worker in self._workers):
+            self._waits = False
             return
         if self._refused and not self._usable_nodes():
             raise next(iter(self._refused.values()))
+        if idle_seconds > QUIET_SECONDS and not self._waits:
+            self._waits = True
+            self._tell(f"waiting for a node with {self._needs} to spare; {self._described_cluster()}")
         if idle_seconds > PATIENCE_SECONDS:
-            needs = ", ".join(f"{name} = {amount:g}" for name, amount in self._resources.items())
             raise ClusterError(
                 f"found no room for a worker in the cluster for {idle_seconds:.0f} s ({self._described_cluster()})",
-                f"a node with {needs} to spare",
+                f"a node with {self._needs} to spare",
                 "end what else uses it or add nodes, then run again, nothing that was finished is lost; "
                 "or set cpus_per_worker or gpus_per_worker",
             )
+
+    @property
+    def _needs(self) -> str:
+        return ", ".join(f"{name} = {amount:g}" for name, amount in self._resources.items())
 
     def _described_cluster(self) -> str:
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
