@@ -40,6 +40,9 @@ AnyPath = str | os.PathLike[str]
 MakeTrainer = Callable[[System, TaskData], Trainer]
 """Makes the trainer of a task when its turn comes."""
 
+Tell = Callable[[str], None]
+"""Takes a sentence for a person to read."""
+
 
 class LoadingObserver(Protocol):
     """Told how the loading of data goes."""
@@ -133,11 +136,10 @@ def prepare(
         EvolveError: of a kind that says what cannot be used: settings, root, data or folder.
     """
     from evolve.data.load import load_task
-    from evolve.training.device import resolve_device
 
     told = loading or _SilentLoading()
     chosen = _choose(experiment, tasks)
-    resolve_device(experiment.training)
+    _check_executor(experiment.training)
     system = _open(experiment.root, location)
     if system is not None:
         _check_images(system, experiment.defaults.image_size)
@@ -314,19 +316,26 @@ def run_baselines(
     run_active_baselines(system, _active(system, listed, make, ()), method, plan, observer or SilentBaselineObserver())
 
 
-def default_trainer(training: TrainingSettings) -> MakeTrainer:
+def default_trainer(training: TrainingSettings, tell: Tell = lambda _sentence: None) -> MakeTrainer:
     """Returns what makes the trainer that runs use by default, with torch: children one after another, in packs, by worker processes.
 
     Args:
-        training: device, precision, threads, pack size and number of workers matter.
+        training: device, precision, threads, pack size, number of workers and where they run matter.
+        tell: told of workers on a Ray cluster: who works, who was lost or cannot work, and why.
 
     Raises:
-        SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
+        SettingsError: the settings ask for a device that is not there, for a precision that it does not have, or for a Ray that is not
+            installed.
+        ClusterError: there is no such Ray cluster.
     """
-    from evolve.training.device import resolve_device
-    from evolve.training.workers import WorkersTrainer, make_trainer
+    _check_executor(training)
+    if training.executor == "ray":
+        from evolve.training.ray_trainer import RayTrainer
 
-    resolve_device(training)
+        return lambda system, data: RayTrainer(system, data, training, tell)
+    from evolve.training.spread import make_trainer
+    from evolve.training.workers import WorkersTrainer
+
     make = make_trainer if training.workers == 1 else WorkersTrainer
     return lambda system, data: make(system, data, training)
 
@@ -380,6 +389,18 @@ def remove_task(system: System, task: str) -> None:
     system.check_known(task)
     with system.evolving(task), system.locks.publishing():
         system.remove_task(task)
+
+
+def _check_executor(training: TrainingSettings) -> None:
+    """Looks whether there is what is to train: a device of this machine, or a cluster, whose devices are its own matter."""
+    if training.executor == "ray":
+        from evolve.training.ray_cluster import connect
+
+        connect(training.address)
+    else:
+        from evolve.training.device import resolve_device
+
+        resolve_device(training)
 
 
 def _choose(experiment: Experiment, names: Collection[str] | None) -> list[Any]:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from evolve.closing import ActiveTask
+from evolve.config import NO_PART_OF_THE_RESULT
 from evolve.errors import SettingsError, TrainerError
 from evolve.generation import ChildPlan, ChildResult, GenerationPlan, Trainer, TrainingLength, plan_root_child
 from evolve.hyperparameters import Group, Hyperparameters, tunables
@@ -163,7 +164,7 @@ class BaselinePlan:
             "replicas": self.num_replicas,
             "intervals": self.intervals,
             "training": {
-                name: value for name, value in settings["training"].items() if name not in ("device", "intervals", "workers")
+                name: value for name, value in settings["training"].items() if name not in ("intervals", *NO_PART_OF_THE_RESULT)
             },
         }
 

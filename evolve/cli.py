@@ -14,7 +14,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import rich.console
@@ -77,6 +77,15 @@ WorkersOption = Annotated[
     int | None,
     typer.Option(min=1, max=256, help="Processes that train side by side; overrides the experiment.", show_default=False),
 ]
+ExecutorOption = Annotated[
+    str | None, typer.Option(help="processes or ray: where they run, here or on a Ray cluster; overrides the experiment.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="host:port of the Ray cluster's head, auto for the one this machine is part of (default), or local: one made here."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -94,6 +103,8 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search; overrides the experiment.")] = None,
     device: DeviceOption = None,
     workers: WorkersOption = None,
+    executor: ExecutorOption = None,
+    address: AddressOption = None,
     precision: PrecisionOption = "float32",
     segments: SegmentsOption = "shared",
     tasks_per_image: TasksPerImageOption = 1,
@@ -117,7 +128,8 @@ def run(
     form = _Form.of("cpu", precision, segments, tasks_per_image, memory_factor)
     if restart and recover:
         raise SettingsError("found --restart and --recover", "one of them")
-    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device, workers=workers)
+    training = {"device": device, "workers": workers, "executor": executor, "address": address}
+    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, training=training)
     plan = SearchPlan.of(settings)
     console = rich.console.Console()
     scalars = [] if tensorboard is None else [_write_scalars(tensorboard)]
@@ -129,7 +141,7 @@ def run(
 
     def tell_aside(name: str, file: pathlib.Path) -> None:
         does = "starts over" if restart else "goes on from what is whole"
-        console.print(f"{name}: {does}; the journal it had is {file}", highlight=False, markup=False, soft_wrap=True)
+        _teller(console)(f"{name}: {does}; the journal it had is {file}")
 
     with _saying_how_to_go_on(observer, *scalars) as done_once:
         prepared = api.prepare_search(
@@ -147,6 +159,7 @@ def run(
             prepared.data,
             plan,
             private=prepared.private,
+            make_trainer=api.default_trainer(plan.training, _teller(console)),
             observer=Observers([observer, *scalars]),
             on_closed=publish,
         )
@@ -173,6 +186,8 @@ def baseline(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; overrides the experiment.")] = None,
     device: DeviceOption = None,
     workers: WorkersOption = None,
+    executor: ExecutorOption = None,
+    address: AddressOption = None,
 ) -> None:
     """Train the root on each task without a search, in as many steps: what a search is compared with.
 
@@ -182,7 +197,8 @@ def baseline(
     Tasks of the system are neither used nor changed. The same command goes on where an earlier one was stopped.
     """
     wanted = Method.parse(method, tuned=tune)
-    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, device=device, workers=workers)
+    training = {"device": device, "workers": workers, "executor": executor, "address": address}
+    settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, training=training)
     plan = BaselinePlan(SearchPlan.of(settings), len(settings.tasks), replicas)
     console = rich.console.Console()
 
@@ -193,7 +209,10 @@ def baseline(
         prepared = api.prepare(
             settings, system, tasks=task, loading=LoadingProgress(console), is_pending=is_pending, check_root=wanted.check
         )
-        api.run_baselines(prepared.system, prepared.data, wanted, plan, observer=BaselineProgressObserver(console))
+        make = api.default_trainer(settings.training, _teller(console))
+        api.run_baselines(
+            prepared.system, prepared.data, wanted, plan, make_trainer=make, observer=BaselineProgressObserver(console)
+        )
     if not prepared.data:
         console.print(f"nothing to do: {wanted} is finished for every task", highlight=False, soft_wrap=True)
 
@@ -394,19 +413,22 @@ def _saying_how_to_go_on(*observers: ProgressObserver | TensorBoardObserver) -> 
 
 
 def _override(
-    settings: Experiment, *, rounds: int | None, seed: int | None, device: str | None, workers: int | None
+    settings: Experiment, *, rounds: int | None, seed: int | None, training: Mapping[str, str | int | None]
 ) -> Experiment:
     values = settings.model_dump()
     if rounds is not None:
         values["search"]["rounds"] = rounds
     if seed is not None:
         values["seed"] = seed
-    if device is not None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise SettingsError(f"found device {device!r}", "auto, cpu or cuda")
-        values["training"]["device"] = device
-    if workers is not None:
-        values["training"]["workers"] = workers
+    allowed = {"device": ("auto", "cpu", "cuda"), "executor": ("processes", "ray")}
+    for name, value in training.items():
+        if value is not None:
+            values["training"][name] = _one_of(name, str(value), allowed[name]) if name in allowed else value
+    if values["training"]["executor"] != "ray":
+        if training["address"] is not None:
+            raise SettingsError(f"found --address {training['address']} without a Ray cluster", "--executor ray with it")
+        # The experiment's own are of the executor that was overridden.
+        values["training"] |= dict.fromkeys(("address", "cpus_per_worker", "gpus_per_worker"))
     return Experiment.model_validate(values)
 
 
@@ -420,6 +442,10 @@ def _write_scalars(folder: pathlib.Path) -> TensorBoardObserver:
             "found no module 'tensorboardX' for --tensorboard", "the packages of 'tensorboard'", "pip install '.[tensorboard]'"
         ) from None
     return TensorBoardObserver(folder)
+
+
+def _teller(console: rich.console.Console) -> Callable[[str], None]:
+    return lambda sentence: console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)

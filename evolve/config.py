@@ -127,8 +127,12 @@ class TrainingSettings(Settings):
         precision: `bf16` trains and validates under bfloat16 autocast; CUDA only.
         threads: CPU threads a child trains with; part of the result.
         pack_size: children that are trained together, with what they share computed once; 1 trains one by one.
-        workers: processes that train packs side by side, each with so many threads and a GPU of its own if there are several; no part
-            of the result.
+        workers: processes that train packs side by side, each with so many threads and a GPU of its own if there are several.
+        executor: where they run: `processes` of this machine, or on the nodes of a Ray cluster.
+        address: of the Ray cluster, as Ray names it: `host:port`; `auto` for the one that this machine belongs to (the default); `local`
+            starts one on this machine for the time of the run.
+        cpus_per_worker: CPUs that a worker takes of a Ray cluster's; `threads` by default.
+        gpus_per_worker: GPUs that it takes, also a part of one; by default 1 where it trains on CUDA, else 0.
     """
 
     batch_size: Annotated[int, pydantic.Field(ge=1, le=65536)] = 256
@@ -140,6 +144,21 @@ class TrainingSettings(Settings):
     threads: Threads = 2
     pack_size: Annotated[int, pydantic.Field(ge=1, le=1024)] = 1
     workers: Annotated[int, pydantic.Field(ge=1, le=256)] = 1
+    executor: Literal["processes", "ray"] = "processes"
+    address: str | None = None
+    cpus_per_worker: Annotated[float, pydantic.Field(ge=0, le=4096)] | None = None
+    gpus_per_worker: Annotated[float, pydantic.Field(ge=0, le=64)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _of_ray(self) -> Self:
+        given = [name for name in ("address", "cpus_per_worker", "gpus_per_worker") if getattr(self, name) is not None]
+        if given and self.executor != "ray":
+            raise ValueError(f"{given[0]} is given, but executor is {self.executor!r}; use executor = 'ray'")
+        return self
+
+
+NO_PART_OF_THE_RESULT = ("device", "workers", "executor", "address", "cpus_per_worker", "gpus_per_worker")
+"""Settings of training that results do not depend on; of the device, a trainer's identity says which one was really used."""
 
 
 class AnyTask(Settings):

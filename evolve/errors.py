@@ -8,6 +8,8 @@
     │   ├── DamagedError        a file of a system is missing or altered
     │   └── StoreError          a store cannot be used, or does not answer
     ├── TrainerError            a trainer of somebody's own does not keep its promises
+    ├── WorkersDiedError        workers of a search die again and again
+    ├── ClusterError            a Ray cluster cannot be reached, or none of its nodes can train
     ├── MemoryShortageError     a child does not fit into memory, however small the parts
     ├── BusyError               another process is evolving the same task
     │   └── ConflictError       another machine has gone on with the same round of a task
@@ -18,6 +20,8 @@ Messages say what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EvolveError(Exception):
     """Something a person can mend. The message says what was found, what was expected and what to do."""
@@ -27,6 +31,17 @@ class EvolveError(Exception):
         self.expected = expected
         self.advice = advice
         super().__init__(f"{found}; expected {expected}" + (f"; {advice}" if advice else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors come back from workers: Python would make them anew with the message for all arguments."""
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[EvolveError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> EvolveError:
+    error = kind.__new__(kind)
+    error.args = arguments
+    error.__dict__.update(attributes)
+    return error
 
 
 class SettingsError(EvolveError):
@@ -62,17 +77,21 @@ class TrainerError(EvolveError):
         )
 
 
+class ClusterError(EvolveError):
+    """A Ray cluster cannot be reached, or none of its nodes can train."""
+
+
 class WorkersDiedError(EvolveError):
-    """Worker processes of a search die again and again.
+    """Workers of a search die again and again.
 
     Attributes:
         num_times: how often in a row.
     """
 
-    def __init__(self, num_times: int, what: str) -> None:
+    def __init__(self, num_times: int, what: str, reason: str = "") -> None:
         self.num_times = num_times
         super().__init__(
-            f"found worker processes that died {num_times} times in a row {what}",
+            f"found worker processes that died {num_times} times in a row {what}" + (f" ({reason})" if reason else ""),
             "workers that live",
             "too little memory ends processes without a word: set fewer workers or a smaller pack_size",
         )

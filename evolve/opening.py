@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from evolve.closing import ActiveTask
-from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
+from evolve.config import NO_PART_OF_THE_RESULT, DefaultSettings, SearchSettings, TrainingSettings
 from evolve.errors import DamagedError, DataError, SettingsError
 from evolve.journal import FORMAT, Journal, cut_to_whole, read_journal
 from evolve.snapshot import Snapshot
@@ -152,8 +152,8 @@ def _identity(
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that shape a search's decisions; those that an earlier version did not have yet are at their defaults."""
-    # The number of rounds may grow, it shapes no decision of this one; the trainer says which device was really used.
-    left_out = {"search": ("rounds",), "training": ("device", "workers")}
+    # The number of rounds may grow, it shapes no decision of this one.
+    left_out = {"search": ("rounds",), "training": NO_PART_OF_THE_RESULT}
     defaults = {"defaults": DefaultSettings(), "search": SearchSettings(), "training": TrainingSettings()}
     complete = {group: {**kind.model_dump(mode="json"), **settings[group]} for group, kind in defaults.items()}
     return {

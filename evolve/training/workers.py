@@ -1,37 +1,30 @@
 """A trainer that gives packs to worker processes of this machine, each with a trainer of its own and, if there are several, a GPU.
 
-Packs are formed as a single process forms them, whatever the number of workers, and the search does not depend on the order in which
-they come back: the lineage is the same for one worker and for many.
-
-A worker that dies costs the packs that were under way, nothing else: the workers start anew and these packs run again. Workers end with
-the process that started them, however that ends.
+A worker that dies takes the others with it: all start anew, and what was under way runs again. Workers end with the process that started
+them, however that ends.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
-import dataclasses
 import multiprocessing
 import os
 import signal
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
 from evolve.errors import WorkersDiedError
-from evolve.generation import ChildPlan, Examples, GenerationPlan, PackResult, Trainer
-from evolve.path import Path
+from evolve.generation import Trainer
 from evolve.store import Location, System
+from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, carry_out, make_trainer
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
-
-MOST_DEATHS = 3
-"""So many times in a row, without one pack finished between, workers may die before it is an error."""
 
 _PRELOADED = ("evolve.training.together", "evolve.data.load")
 
@@ -39,7 +32,7 @@ _trainer: Trainer | None = None
 """A worker's own."""
 
 
-class WorkersTrainer:
+class WorkersTrainer(SpreadTrainer):
     """A Trainer (evolve.generation) whose packs are trained by worker processes."""
 
     def __init__(self, system: System, data: TaskData, settings: TrainingSettings) -> None:
@@ -54,9 +47,9 @@ class WorkersTrainer:
         Raises:
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
         """
+        super().__init__(data, settings)
         self._arguments = (system.location, data, settings)
-        self._settings = settings
-        self._task = data.name
+        self._num_workers = settings.workers
         # What it depends on is what a trainer in this process would.
         self._identity = dict(make_trainer(system, data, settings).identity)
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
@@ -66,49 +59,27 @@ class WorkersTrainer:
         """See Trainer.identity: the number of workers is no part of it."""
         return self._identity
 
-    def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
-        """See Trainer.train. Yields packs as they finish.
-
-        Raises:
-            WorkersDiedError: workers die again and again.
-            MemoryShortageError: a child does not fit into memory, not even one image at a time.
-            ValueError: the plan is of another task, or a child cannot be built.
-        """
-        size = self._settings.pack_size
-        waiting = [plan.children[start : start + size] for start in range(0, len(plan.children), size)]
+    def _answers(self, orders: Sequence[Order]) -> Iterator[Any]:
+        waiting = list(orders)
         deaths = 0
         while waiting:
             pool = self._workers()
-            futures = {pool.submit(_train, dataclasses.replace(plan, children=pack)): pack for pack in waiting}
+            futures = {pool.submit(_carry_out, order): order for order in waiting}
             try:
                 for future in concurrent.futures.as_completed(futures):
-                    packs = future.result()
+                    answer = future.result()
                     waiting.remove(futures[future])
                     deaths = 0
-                    yield from packs
+                    yield answer
             except concurrent.futures.process.BrokenProcessPool as error:
                 deaths += 1
                 self._dismiss()
                 if deaths == MOST_DEATHS:
-                    raise _died(waiting, self._task) from error
+                    raise WorkersDiedError(MOST_DEATHS, f"at {self._described(waiting)}") from error
             except BaseException:
                 # Interrupted, or an error of a pack: what still runs is of no use.
                 self._dismiss()
                 raise
-
-    def examine(self, path: Path) -> Examples:
-        """See Trainer.examine.
-
-        Raises:
-            WorkersDiedError: workers die again and again.
-            MemoryShortageError: the path does not fit into memory, not even for one image.
-        """
-        for _ in range(MOST_DEATHS):
-            try:
-                return self._workers().submit(_examine, path).result()
-            except concurrent.futures.process.BrokenProcessPool:
-                self._dismiss()
-        raise _died((), self._task)
 
     def _workers(self) -> concurrent.futures.ProcessPoolExecutor:
         if self._pool is None:
@@ -116,7 +87,7 @@ class WorkersTrainer:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(list(_PRELOADED))
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self._settings.workers, context, _begin, (context.Value("i", 0), *self._arguments)
+                self._num_workers, context, _begin, (context.Value("i", 0), *self._arguments)
             )
             weakref.finalize(self, _end, self._pool)
         return self._pool
@@ -125,20 +96,6 @@ class WorkersTrainer:
         if self._pool is not None:
             _end(self._pool)
             self._pool = None
-
-
-def make_trainer(system: System, data: TaskData, settings: TrainingSettings) -> Trainer:
-    """Returns the trainer that one process uses: children one by one, or in packs if the settings say so."""
-    from evolve.training.one_by_one import OneByOneTrainer
-    from evolve.training.together import TogetherTrainer
-
-    kind = OneByOneTrainer if settings.pack_size == 1 else TogetherTrainer
-    return kind(data, system.tensors, settings)
-
-
-def _died(waiting: Sequence[Sequence[ChildPlan]], task: str) -> WorkersDiedError:
-    children = sorted(child.index for pack in waiting for child in pack)
-    return WorkersDiedError(MOST_DEATHS, f"on children {children} of {task!r}" if children else f"on the test of {task!r}")
 
 
 def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:
@@ -182,13 +139,7 @@ def _choose_gpu(number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
 
 
-def _train(plan: GenerationPlan) -> list[PackResult]:
+def _carry_out(order: Order) -> Any:
     if _trainer is None:
         raise RuntimeError("a worker that has not begun")
-    return list(_trainer.train(plan))
-
-
-def _examine(path: Path) -> Examples:
-    if _trainer is None:
-        raise RuntimeError("a worker that has not begun")
-    return _trainer.examine(path)
+    return carry_out(_trainer, order)

@@ -107,11 +107,10 @@ def test_workers_that_are_killed_cost_nothing_but_their_packs(system: System) ->
 
 def test_workers_that_always_die_are_an_error_that_names_the_children(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = WorkersTrainer(system, DATA, SETTINGS)
-    monkeypatch.setattr(workers, "_train", _die)
-    with pytest.raises(WorkersDiedError, match=r"died 3 times in a row on children \[0, 1\] of 'easy'.*fewer workers"):
+    monkeypatch.setattr(workers, "_carry_out", _die)
+    with pytest.raises(WorkersDiedError, match=r"died 3 times in a row at children \[0, 1\] of 'easy'.*fewer workers"):
         list(trainer.train(plan_of(2)))
-    monkeypatch.setattr(workers, "_examine", _die)
-    with pytest.raises(WorkersDiedError, match="on the test of 'easy'"):
+    with pytest.raises(WorkersDiedError, match="at the test of 'easy'"):
         trainer.examine(system.root)
 
 

@@ -1,0 +1,85 @@
+"""What trainers have in common whose packs are trained by workers elsewhere: processes of this machine, or of a cluster.
+
+Packs are formed as a single process forms them, whatever the number of workers, and the search does not depend on the order in which
+they come back: the lineage is the same for one worker and for many. A worker that dies costs what it was at, nothing else: that runs again.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from evolve.config import TrainingSettings
+from evolve.data.task import TaskData
+from evolve.generation import Examples, GenerationPlan, PackResult, Trainer
+from evolve.path import Path
+from evolve.store import System
+
+MOST_DEATHS = 3
+"""So many workers in a row may die at the same work before it is an error."""
+
+Order = GenerationPlan | Path
+"""What a worker does at a time: a pack to train, or a path to examine."""
+
+
+class SpreadTrainer(abc.ABC):
+    """A Trainer (evolve.generation) whose work is done by workers, each with a trainer of its own."""
+
+    def __init__(self, data: TaskData, settings: TrainingSettings) -> None:
+        """Prepares to give out work.
+
+        Args:
+            data: of the task.
+            settings: the pack size matters here, the rest to workers.
+        """
+        self._task = data.name
+        self._pack_size = settings.pack_size
+
+    def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
+        """See Trainer.train. Yields packs as they finish.
+
+        Raises:
+            WorkersDiedError: workers die again and again.
+            MemoryShortageError: a child does not fit into memory, not even one image at a time.
+            ValueError: the plan is of another task, or a child cannot be built.
+        """
+        starts = range(0, len(plan.children), self._pack_size)
+        packs = [dataclasses.replace(plan, children=plan.children[start : start + self._pack_size]) for start in starts]
+        for results in self._answers(packs):
+            yield from results
+
+    def examine(self, path: Path) -> Examples:
+        """See Trainer.examine.
+
+        Raises:
+            WorkersDiedError: workers die again and again.
+            MemoryShortageError: the path does not fit into memory, not even for one image.
+        """
+        (examples,) = self._answers([path])
+        found: Examples = examples
+        return found
+
+    @abc.abstractmethod
+    def _answers(self, orders: Sequence[Order]) -> Iterator[Any]:
+        """Has orders carried out and yields the answer to each once, as they come."""
+
+    def _described(self, orders: Sequence[Order]) -> str:
+        """Says in words what workers were at."""
+        children = sorted(child.index for order in orders if isinstance(order, GenerationPlan) for child in order.children)
+        return f"children {children} of {self._task!r}" if children else f"the test of {self._task!r}"
+
+
+def carry_out(trainer: Trainer, order: Order) -> list[PackResult] | Examples:
+    """Does what a worker is told; see Order."""
+    return list(trainer.train(order)) if isinstance(order, GenerationPlan) else trainer.examine(order)
+
+
+def make_trainer(system: System, data: TaskData, settings: TrainingSettings) -> Trainer:
+    """Returns the trainer that one process uses: children one by one, or in packs if the settings say so."""
+    from evolve.training.one_by_one import OneByOneTrainer
+    from evolve.training.together import TogetherTrainer
+
+    kind = OneByOneTrainer if settings.pack_size == 1 else TogetherTrainer
+    return kind(data, system.tensors, settings)
