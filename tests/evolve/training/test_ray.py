@@ -60,15 +60,20 @@ def settings_of(cluster: Any, **changes: Any) -> Any:
     return SETTINGS.model_copy(update={"executor": "ray", "address": cluster.address, **changes})
 
 
-def workers_of_cluster() -> list[int]:
-    """Returns the processes of workers."""
+def workers_of(cluster: Any) -> list[int]:
+    """Returns the processes of a cluster's workers; others may have theirs on this machine at the same time."""
+    raylets = {
+        info.process.pid for node in cluster.list_all_nodes() for processes in node.all_processes.values() for info in processes
+    }
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "cmdline").read_bytes().startswith(b"ray::Gate"):
-                found.append(int(process.name))
+            is_worker = (process / "cmdline").read_bytes().startswith(b"ray::Gate")
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
+        if is_worker and parent in raylets:
+            found.append(int(process.name))
     return found
 
 
@@ -93,7 +98,7 @@ def test_a_worker_that_is_killed_costs_its_pack_only(cluster: Any, system: Syste
     for pack in trainer.train(plan):
         found += [child.index for child in pack.children]
         if len(found) == 1:
-            os.kill(workers_of_cluster()[0], signal.SIGKILL)
+            os.kill(workers_of(cluster)[0], signal.SIGKILL)
     assert sorted(found) == list(range(6))
     assert any("died at children" in sentence and sentence.endswith("it runs again") for sentence in told)
     assert trainer.identity == OneByOneTrainer(DATA, system.tensors, SETTINGS).identity
@@ -110,7 +115,7 @@ def test_what_a_straggler_is_at_is_done_by_another_and_comes_once(
     # Until both work.
     while sum(worker.node is not None for worker in trainer._workers) < 2:
         assert len(list(trainer.train(plan_of(2)))) == 2
-    os.kill(workers_of_cluster()[0], signal.SIGSTOP)
+    os.kill(workers_of(cluster)[0], signal.SIGSTOP)
     found = [child.index for pack in trainer.train(plan) for child in pack.children]
     assert sorted(found) == [0, 1]
     assert any("another one does the same" in sentence for sentence in told), told
@@ -139,10 +144,10 @@ def test_an_error_of_a_pack_comes_back_as_it_is(cluster: Any, system: System) ->
 def test_workers_end_with_their_trainer(cluster: Any, system: System) -> None:
     trainer = RayTrainer(system, DATA, settings_of(cluster))
     assert len(list(trainer.train(plan_of(2)))) == 2
-    assert workers_of_cluster()
+    assert workers_of(cluster)
     del trainer
     deadline = time.monotonic() + 20
-    while workers_of_cluster():
+    while workers_of(cluster):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
