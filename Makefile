@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Processes that tests run in.
-JOBS ?= 2
+# Processes that tests run in: more than two cores are kept busy by, as many tests wait for servers.
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train bench-scaling format proto clean

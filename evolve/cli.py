@@ -485,7 +485,7 @@ class _Form:
 
 def _one_of(name: str, value: str, allowed: Sequence[Any]) -> Any:
     if value not in allowed:
-        raise SettingsError(f"found {name} {value!r}", " or ".join(allowed))
+        raise SettingsError(f"found {name} {value!r}", " or ".join((", ".join(allowed[:-1]), allowed[-1])))
     return value
 
 

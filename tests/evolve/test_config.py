@@ -155,6 +155,8 @@ RANGES = {
     "training.threads": ([0, 513], "a whole number from 1 to 512"),
     "training.workers": ([0, 257], "a whole number from 1 to 256"),
     "training.pack_size": ([0, 1025], "a whole number from 1 to 1024"),
+    "training.cpus_per_worker": ([-1, 4097], "a number from 0 to 4096"),
+    "training.gpus_per_worker": ([-0.5, 65], "a number from 0 to 64"),
     "tasks.0.limit_per_class": AT_LEAST_1,
     "tasks.0.split_seed": ([], "a whole number"),
     "tasks.1.train_per_class": ([0, 10_001], "a whole number from 1 to 10000"),

@@ -257,17 +257,17 @@ def test_aliases_follow_for_clients_that_talk_to_triton(builder: RepositoryBuild
 def test_an_alias_that_is_not_right_yet_is_left_as_it_was(builder: RepositoryBuilder, triton: TritonProcess) -> None:
     images = random_images(3, 8)
     told = triton_settings(builder.root, triton, unload_after_seconds=0.0)
-    builder.publish({"moving": DIGITS})
+    builder.publish({"waiting": DIGITS})
     with serving(builder.root, engine=told.engine, triton=told.triton) as server, Caller(triton.addresses.grpc) as caller:
-        wait_until(lambda: "moving" in caller.ready())
-        number = builder.publish({"moving": HEBREW}, current=False)
+        wait_until(lambda: "waiting" in caller.ready())
+        number = builder.publish({"waiting": HEBREW}, current=False)
         builder.set_current(number)
         wait_until(lambda: server.server.reloader.generation.number == number)
         # What the alias runs through stays, though no generation needs it: else the alias would fall.
         for _ in range(20):
-            np.testing.assert_allclose(caller.infer("moving", images)["logits"], answer(DIGITS, images), atol=1e-4, rtol=0)
-        builder.publish({"moving": HEBREW}, number=number)
-        wait_until(lambda: caller.infer("moving", images)["logits"].shape[1] == len(HEBREW.labels))
+            np.testing.assert_allclose(caller.infer("waiting", images)["logits"], answer(DIGITS, images), atol=1e-4, rtol=0)
+        builder.publish({"waiting": HEBREW}, number=number)
+        wait_until(lambda: caller.infer("waiting", images)["logits"].shape[1] == len(HEBREW.labels))
 
 
 def test_what_a_cache_answers_is_right_and_did_not_run(tmp_path: pathlib.Path) -> None:
