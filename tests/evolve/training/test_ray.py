@@ -187,6 +187,20 @@ def test_a_node_that_does_not_see_the_system_says_so(cluster: Any, system: Syste
         list(trainer.train(plan_of(2)))
 
 
+def test_a_search_that_finds_no_room_says_that_it_waits_and_ends(
+    cluster: Any, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_trainer, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(ray_trainer, "PATIENCE_SECONDS", 2.5)
+    told: list[str] = []
+    trainer = RayTrainer(system, DATA, settings_of(cluster, gpus_per_worker=0.5), told.append)
+    with pytest.raises(
+        ClusterError, match=r"found no room for a worker .*GPU 0.* expected a node with num_cpus = 1, num_gpus = 0.5"
+    ):
+        list(trainer.train(plan_of(2)))
+    assert [sentence.partition(";")[0] for sentence in told] == ["waiting for a node with num_cpus = 1, num_gpus = 0.5 to spare"]
+
+
 def test_an_error_of_a_pack_comes_back_as_it_is(cluster: Any, system: System) -> None:
     trainer = RayTrainer(system, DATA, settings_of(cluster, workers=1))
     with pytest.raises(ValueError, match="'other'"):
