@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.random_models import Architecture, random_layers
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings
+from evolve.documents import TaskRecord
 from evolve.generation import ChildPlan, ChildResult, Examples, GenerationPlan, LayerPlan, PackResult
 from evolve.hyperparameters import Hyperparameters
 from evolve.journal import Journal, Record, read_journal
@@ -24,7 +25,7 @@ from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.search import SearchPlan, SilentObserver, evolve_task
 from evolve.snapshot import Snapshot
 from evolve.specs import head_spec
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.vit import new_tensors
 
 NUM_CLASSES = 40

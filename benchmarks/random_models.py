@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from evolve.documents import TaskRecord
 from evolve.export.onnx import export_segment
 from evolve.export.publish import export_system
 from evolve.export.segments import segment_of, units_of
@@ -22,7 +23,7 @@ from evolve.hyperparameters import Hyperparameters
 from evolve.layer import HEAD, NORM, Layer, LayerSpec, Position, Tensors, block_position
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.specs import head_spec
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.vit import decompose
 
 NUM_CLASSES = 100

@@ -33,9 +33,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.reporting import TOP, Report, Target, add_arguments
+from evolve.documents import TaskRecord
 from evolve.export.publish import export_system
 from evolve.journal import read_journal
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from server.client import Client
 
 NUM_IMAGES = 4

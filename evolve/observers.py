@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from evolve.documents import TaskRecord
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
 from evolve.path import Path
 from evolve.search import Observer
-from evolve.store import TaskRecord
 
 
 class Observers:

@@ -9,10 +9,11 @@ from typing import Any
 
 from evolve.closing import ActiveTask
 from evolve.config import NO_PART_OF_THE_RESULT, DefaultSettings, SearchSettings, TrainingSettings
+from evolve.documents import TaskRecord
 from evolve.errors import DamagedError, DataError, SettingsError
 from evolve.journal import FORMAT, Journal, cut_to_whole, read_journal
 from evolve.snapshot import Snapshot
-from evolve.store import JournalFile, System, TaskRecord
+from evolve.store import JournalFile, System
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ import rich.console
 import rich.progress
 
 from evolve.baseline import Method
+from evolve.documents import TaskRecord
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
 from evolve.outcomes import Outcomes
 from evolve.path import Path
-from evolve.store import TaskRecord
 
 LINE_SECONDS = 10.0
 """Where there is no terminal, long loading and publishing say a line as often."""

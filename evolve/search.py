@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from evolve.closing import ActiveTask, publish_task
 from evolve.config import DefaultSettings, Experiment, SearchSettings, TrainingSettings
+from evolve.documents import TaskRecord
 from evolve.errors import DamagedError, SettingsError, TrainerError
 from evolve.generation import ChildPlan, ChildResult, GenerationPlan, LayerPlan, Trainer, TrainingLength
 from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
@@ -31,7 +32,7 @@ from evolve.sampling import Surroundings, derive_generator, derive_seed, sample_
 from evolve.scoring import accounted_parameters, reference_parameters, score, sharing_counts
 from evolve.selection import choose_parent
 from evolve.specs import new_parameters
-from evolve.store import System, TaskRecord
+from evolve.store import System
 
 
 @dataclasses.dataclass(frozen=True)

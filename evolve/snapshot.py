@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evolve.documents import TaskRecord
 from evolve.path import Path
-from evolve.store import System, TaskRecord
+from evolve.store import System
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from evolve.documents import TaskRecord
 from evolve.errors import SystemFolderError
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.hyperparameters import tunables
 from evolve.journal import Record
 from evolve.outcomes import Outcomes
 from evolve.path import Path
-from evolve.store import TaskRecord
 
 _WORDS = {
     tunable.name: tunable.options for tunable in tunables(max_blocks=1, patch_size=1) if isinstance(tunable.options[0], str)

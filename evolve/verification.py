@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from evolve.documents import TaskRecord
 from evolve.errors import DamagedError
 from evolve.journal import read_journal
-from evolve.store import JournalFile, System, TaskRecord
+from evolve.store import JournalFile, System
 
 T = TypeVar("T")
 

@@ -33,12 +33,13 @@ from typing import Any
 import safetensors
 import safetensors.numpy
 
+from evolve.documents import TaskRecord, check_document, parse_json, read_json, to_json
 from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
 from evolve.journal import Journal, Record
 from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_id
 from evolve.objects import Objects, open_objects
 from evolve.path import path_id
-from evolve.store import JournalFile, System, TaskRecord, check_document, parse_json, read_json, to_json
+from evolve.store import JournalFile, System
 from munet.files import sync_folder
 
 FORMAT = "store-1"

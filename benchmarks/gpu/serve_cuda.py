@@ -38,13 +38,14 @@ import numpy.typing as npt
 import torch  # isort: skip
 import onnxruntime
 
+from evolve.documents import TaskRecord
 from evolve.export.publish import export_system
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import HEAD, Layer, LayerKind, LayerSpec, Position, block_position
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.position_embedding import position_embedding_spec
 from evolve.specs import adapter_spec, head_spec
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.vit import build_module, build_path, reference_logits, run_layers
 from munet.parity import find_disagreement, gaps, tolerance_of
 from server.config import EngineSettings

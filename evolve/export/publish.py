@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from evolve.documents import TaskRecord
 from evolve.errors import ExportError
 from evolve.export.coarsening import Choice, Coarseness, coarsen
 from evolve.export.magnitudes import MOST_IN_FLOAT16, greatest_magnitude
@@ -36,7 +37,7 @@ from evolve.export.triton import (
 from evolve.layer import HEAD
 from evolve.path import Path
 from evolve.scoring import accounted_parameters, others_of, sharing_counts
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.vit import reference_logits
 from munet import preprocessing
 from munet.parity import tolerance_of

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from evolve.documents import TaskRecord
 from evolve.report.baselines import Baseline, read_baselines
 from evolve.report.mutations import Payoff, payoffs
 from evolve.report.searches import Search, read_searches
 from evolve.report.structure import Structure, structure_of
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.summary import SystemSummary, TaskSummary, summarise
 
 SEARCH = "search"

@@ -13,6 +13,7 @@ import pytest
 
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
+from evolve.documents import TaskRecord
 from evolve.errors import DamagedError, SettingsError, SystemFolderError, TrainerError
 from evolve.generation import ChildResult, PackResult
 from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
@@ -22,7 +23,7 @@ from evolve.mutation import select_tunables, step_hyperparameters
 from evolve.sampling import derive_generator
 from evolve.search import SearchPlan, run_rounds
 from evolve.snapshot import Snapshot
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, derive_path, tiny_root
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from evolve import store
+from evolve.documents import TaskRecord
 from evolve.errors import BusyError, DamagedError, SystemFolderError
 from evolve.layer import HEAD, POS_EMBED, LayerKind, LayerSpec
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import WIDTH, derive_path, tiny_root
 from tests.support.permissions import read_only

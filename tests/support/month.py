@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from evolve.closing import ActiveTask
+from evolve.documents import TaskRecord
 from evolve.journal import Record, read_journal
 from evolve.lineage import lineage_of
 from evolve.path import Path
 from evolve.scoring import accounted_parameters, sharing_counts
 from evolve.search import SearchPlan, run_rounds
-from evolve.store import System, TaskRecord
+from evolve.store import System
 from evolve.summary import summarise
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, tiny_root

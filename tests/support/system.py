@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from evolve.documents import TaskRecord
 from evolve.hyperparameters import Hyperparameters
 from evolve.layer import (
     HEAD,
@@ -23,7 +24,7 @@ from evolve.layer import (
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.position_embedding import position_embedding_spec
 from evolve.specs import adapter_spec, head_spec
-from evolve.store import System, TaskRecord
+from evolve.store import System
 
 WIDTH = 16
 PATCH_SIZE = 8
