@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Processes that tests run in: more than two cores are kept busy by, as many tests wait for servers.
+# Processes that tests run in: one more than two cores, as many tests wait for servers.
 JOBS ?= 3
 
 .DEFAULT_GOAL := help

@@ -25,6 +25,7 @@ from evolve.export.coarsening import Coarseness
 from evolve.export.settings import Precision, Target
 from evolve.generation import Trainer
 from evolve.layer import PATCH_EMBED, LayerKind
+from evolve.observers import Tell
 from evolve.opening import check_unfinished, recover_search, restart_search
 from evolve.search import Observer, SearchPlan, SilentObserver, check_image_size, run_rounds
 from evolve.store import Location, System
@@ -39,9 +40,6 @@ AnyPath = str | os.PathLike[str]
 
 MakeTrainer = Callable[[System, TaskData], Trainer]
 """Makes the trainer of a task when its turn comes."""
-
-Tell = Callable[[str], None]
-"""Takes a sentence for a person to read."""
 
 
 class LoadingObserver(Protocol):

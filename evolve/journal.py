@@ -139,6 +139,21 @@ def search_journals(system: pathlib.Path) -> dict[tuple[str, int], pathlib.Path]
     return dict(sorted(((match[1], int(match[2]) - 1), file) for match, file in named if match is not None))
 
 
+def free_name_aside(removed: pathlib.Path, stem: str) -> pathlib.Path:
+    """Returns the file that a journal, plain, is called once it is set aside: `<stem>.<number>.jsonl` of the lowest number above all there.
+
+    Args:
+        removed: where such journals are.
+        stem: of the journal's name.
+    """
+    numbers = [
+        int(number)
+        for file in removed.glob(f"{stem}.*")
+        if (number := file.name.removeprefix(f"{stem}.").split(".")[0]).isdigit()
+    ]
+    return removed / f"{stem}.{max(numbers, default=0) + 1}.jsonl"
+
+
 def baseline_journals(system: pathlib.Path) -> list[pathlib.Path]:
     """Returns the journals of a system's baselines, plain and compressed, in order of method and task.
 

@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Protocol, TypeGuard, TypeVar
 
 from evolve.errors import StoreError
 from munet.files import make_folder, sync_folder, write_atomically
@@ -192,24 +192,21 @@ class _Fsspec:
         """Nothing: buckets belong to administrators, and folders are but names in them."""
 
     def get(self, name: str) -> bytes | None:
-        return self._try(lambda: _bytes(self._system.cat_file(self._path(name))), missing=None)
+        return self._try(lambda: bytes(self._system.cat_file(self._path(name))), missing=None)
 
     def get_all(self, names: Sequence[str]) -> dict[str, bytes]:
         if not names:
             return {}
-        found: dict[str, bytes] = self._try(lambda: self._cat([self._path(name) for name in names]), missing={})
+        found = self._try(lambda: self._cat([self._path(name) for name in names]))
         return {name: found[path] for name in names if (path := self._path(name)) in found}
 
     def _cat(self, paths: list[str]) -> dict[str, bytes]:
         """Gets several at once; one that is missing is left out, any other error raised."""
-        answers = self._system.cat(paths, on_error="return") if len(paths) > 1 else self._cat_one(paths[0])
+        answers = self._system.cat(paths, on_error="return")
         for answer in answers.values():
             if isinstance(answer, Exception) and not isinstance(answer, FileNotFoundError):
                 raise answer
-        return {path: _bytes(answer) for path, answer in answers.items() if not isinstance(answer, Exception)}
-
-    def _cat_one(self, path: str) -> dict[str, Any]:
-        return {path: self._system.cat_file(path)}
+        return {path: bytes(answer) for path, answer in answers.items() if not isinstance(answer, Exception)}
 
     def has(self, name: str) -> bool:
         return self._try(lambda: bool(self._system.info(self._path(name))), missing=False)
@@ -275,10 +272,6 @@ def _patiently(url: str, action: Callable[[], T], is_hopeless: Callable[[Excepti
                 ) from error
             _log.warning("%s does not answer (%s); trying again in %.0f s", url, _reason(error), pause)
             time.sleep(pause)
-
-
-def _bytes(answer: Any) -> bytes:
-    return bytes(answer)
 
 
 def _reason(error: Exception) -> str:

@@ -1,14 +1,17 @@
-"""Several observers of one search as one."""
+"""Who is told what goes on: of sentences anybody, of a search several observers as one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from evolve.documents import TaskRecord
 from evolve.generation import ChildPlan, GenerationPlan
 from evolve.journal import Record
 from evolve.path import Path
 from evolve.search import Observer
+
+Tell = Callable[[str], None]
+"""Takes a sentence about what is going on, for a person to read."""
 
 
 class Observers:

@@ -34,7 +34,7 @@ import safetensors.numpy
 from evolve.documents import TaskRecord, check_document, path_to_dict, read_json, to_json
 from evolve.errors import DamagedError, SystemFolderError
 from evolve.hyperparameters import Hyperparameters
-from evolve.journal import Journal, baseline_journals, compressed_file, journals_in, search_journals
+from evolve.journal import Journal, baseline_journals, compressed_file, free_name_aside, journals_in, search_journals
 from evolve.layer import POS_EMBED, Layer, LayerKind, LayerSpec, Position, Tensors
 from evolve.locks import Locks
 from evolve.objects import is_url
@@ -440,12 +440,10 @@ class System:
             Where it is now.
         """
         removed = self.folder / "journal" / "removed"
-        name = f"{journal.task}-{journal.round + 1:04d}"
         try:
             removed.mkdir(exist_ok=True)
-            taken = [int(number) for file in removed.glob(f"{name}.*") if (number := file.name.split(".")[1]).isdigit()]
             plain = self.journal_file(journal.task, journal.round)
-            target = removed / f"{name}.{max(taken, default=0) + 1}.jsonl"
+            target = free_name_aside(removed, plain.stem)
             for file, new in ((plain, target), (compressed_file(plain), compressed_file(target))):
                 if copy and file.exists():
                     write_atomically(new, file.read_bytes())

@@ -35,7 +35,7 @@ import safetensors.numpy
 
 from evolve.documents import TaskRecord, check_document, parse_json, read_json, to_json
 from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
-from evolve.journal import Journal, Record
+from evolve.journal import Journal, Record, free_name_aside
 from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_id
 from evolve.objects import Objects, open_objects
 from evolve.path import path_id
@@ -362,8 +362,7 @@ class WorkingCopy(System):
             if not file.exists():
                 return None
             removed.mkdir(exist_ok=True, parents=True)
-            taken = [int(part) for kept in removed.glob(f"{stem}.*") if (part := kept.name.split(".")[-2]).isdigit()]
-            target = removed / f"{stem}.{max(taken, default=0) + 1}.jsonl"
+            target = free_name_aside(removed, stem)
             file.rename(target)
             sync_folder(removed)
         except OSError as error:

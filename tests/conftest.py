@@ -30,3 +30,11 @@ def triton(triton_folder: pathlib.Path) -> Iterator[object]:
         yield process
         # Ending well would take it seconds, which prove nothing here.
         os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def quick_disk() -> Iterator[None]:
+    """Nobody in this process waits until the disk has what was written: only a power cut would tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield

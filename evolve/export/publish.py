@@ -12,7 +12,7 @@ import hashlib
 import io
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from evolve.export.triton import (
     task_ensemble,
 )
 from evolve.layer import HEAD
+from evolve.observers import Tell
 from evolve.path import Path
 from evolve.scoring import accounted_parameters, others_of, sharing_counts
 from evolve.store import System
@@ -46,9 +47,6 @@ from munet.v1 import generation_pb2
 
 NUM_GOLDEN_IMAGES = 4
 """So many images of each size stand in the repository with the logits that every task must answer to them."""
-
-Tell = Callable[[str], None]
-"""Takes a sentence about what is going on."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A trainer that gives packs to workers on the nodes of a Ray cluster; docs/decisions/0015 says why it is made of actors.
+"""A trainer that gives packs to workers on the nodes of a Ray cluster; docs/decisions/0016 says why it is made of actors.
 
 Each worker is an actor that holds a trainer of its own: it opens the system where this process has it, gets the task's data once through
 Ray's object store, and then one order at a time. Ray restarts and repeats nothing by itself. What is lost is decided here: an order whose
@@ -12,13 +12,14 @@ import concurrent.futures
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
 from evolve.errors import ClusterError, EvolveError, MemoryShortageError, SettingsError, SystemFolderError, WorkersDiedError
 from evolve.generation import Trainer
+from evolve.observers import Tell
 from evolve.store import System
 from evolve.training import ray_gate
 from evolve.training.device import resolve_device
@@ -42,9 +43,6 @@ TICK_SECONDS = 1.0
 
 _FINAL = (MemoryShortageError, SettingsError, ValueError)
 """Errors of a child or a plan: every worker would have them."""
-
-Tell = Callable[[str], None]
-"""Takes a sentence for a person to read."""
 
 
 @dataclasses.dataclass(eq=False)

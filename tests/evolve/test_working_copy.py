@@ -18,17 +18,12 @@ from tests.support.fake_trainer import FakeTrainer, tiny_root
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 from tests.support.stores import BUCKET, flaky_proxy, machine, s3_server, use_s3
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 _count = itertools.count()
 
 PLAN = small_plan(rounds=2, children_per_task=4)
 """A short one, where it is not the search that is tried."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")

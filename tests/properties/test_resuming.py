@@ -19,14 +19,9 @@ from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 
+pytestmark = pytest.mark.usefixtures("quick_disk")
+
 NUM_CHILDREN = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture(scope="module")

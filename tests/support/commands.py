@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
-from types import TracebackType
-from typing import Self
 
+from tests.support.forking import Forker, fork_on_request
 from tests.support.permissions import without_override
-from tests.support.processes import environment
 
 
 class Command:
@@ -53,7 +49,7 @@ class Command:
 
     def wait(self) -> int:
         """Returns its exit status, -9 after a kill."""
-        return int(self._commands.ask({"wait": self.id}))
+        return self._commands.wait(self.id)
 
     @property
     def output(self) -> str:
@@ -61,15 +57,14 @@ class Command:
         return self._output.read_text(encoding="utf-8")
 
 
-class Commands:
+class Commands(Forker):
     """Starts processes of munet-evolve; leaving the block kills those that nobody waited for."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Keeps what the processes say in files of an existing folder."""
+        super().__init__("tests.support.commands")
         self._folder = folder
         self._count = 0
-        command = [sys.executable, "-m", "tests.support.commands"]
-        self._process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, *arguments: str | pathlib.Path, max_file_bytes: int = -1) -> Command:
         """Starts a process and returns at once.
@@ -79,26 +74,13 @@ class Commands:
         """
         self._count += 1
         output = self._folder / f"output-{self._count}.txt"
-        request = {"start": [*map(str, arguments)], "output": str(output), "max_file_bytes": max_file_bytes}
-        return Command(self, int(self.ask(request)), output)
+        request = {"arguments": [*map(str, arguments)], "output": str(output), "max_file_bytes": max_file_bytes}
+        return Command(self, self.fork(request), output)
 
     def run(self, *arguments: str | pathlib.Path, max_file_bytes: int = -1) -> tuple[int, str]:
         """Runs a process to its end and returns its exit status and what it said."""
         command = self.start(*arguments, max_file_bytes=max_file_bytes)
         return command.wait(), command.output
-
-    def ask(self, request: dict[str, object]) -> str:
-        """Sends a request to the process that forks."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._process.stdout.readline()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._process.communicate(timeout=30)
 
 
 def main() -> None:
@@ -121,22 +103,7 @@ def main() -> None:
         for unit in units_of(system.path(system.tasks()["warm"].path_id)):
             export_segment(segment_of([unit], ExportSettings()), system.tensors, ExportSettings())
 
-    left: set[int] = set()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            left.remove(request["wait"])
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        else:
-            answer = os.fork()
-            if answer == 0:
-                _become(request["start"], request["output"], request["max_file_bytes"])
-            left.add(answer)
-        print(answer, flush=True)
-    for process in left:
-        os.kill(process, signal.SIGKILL)
-    # Nothing to tidy up, and torch takes seconds to.
-    os._exit(0)
+    fork_on_request(lambda request: _become(**request))
 
 
 def _become(arguments: list[str], output: str, max_file_bytes: int) -> None:

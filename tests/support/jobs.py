@@ -1,61 +1,34 @@
-"""Searches in real processes without torch, which start at once: forked from one that has imported everything."""
+"""Searches in real processes without torch, which start at once."""
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 import traceback
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from tests.support.processes import environment
+from tests.support.forking import Forker, fork_on_request
 
 TOLD = 3
 """Exit status of one that was told of another at work on its task."""
 
 
-class Jobs:
+class Jobs(Forker):
     """Starts processes; leaving the block kills those that are left."""
 
     def __init__(self, errors: pathlib.Path) -> None:
         """Keeps what goes wrong in a file."""
+        super().__init__("tests.support.jobs")
         self._errors = errors
-        command = [sys.executable, "-m", "tests.support.jobs", str(errors)]
-        self._process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, **job: Any) -> int:
         """Starts one and returns its process id; see `_run`."""
-        return int(self._ask({"start": job}))
-
-    def ended(self, process: int) -> int | None:
-        """Returns the exit status of one, -9 after a kill; None if it runs. Not to be asked again after that."""
-        answer = self._ask({"poll": process})
-        return None if answer == "runs" else int(answer)
-
-    def wait(self, process: int) -> int:
-        """Returns the exit status of one at its end."""
-        return int(self._ask({"wait": process}))
+        return self.fork({"errors": str(self._errors), "job": job})
 
     @property
     def errors(self) -> str:
         """What went wrong so far."""
         return self._errors.read_text() if self._errors.exists() else ""
-
-    def _ask(self, request: dict[str, Any]) -> str:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._process.stdout.readline().strip()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._process.communicate(timeout=30)
 
 
 def main() -> None:
@@ -65,23 +38,7 @@ def main() -> None:
 
     # A kill takes nothing from the disk that was written: only a power cut does.
     os.fsync = lambda _: None
-    left: set[int] = set()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "start" in request:
-            answer: Any = os.fork()
-            if answer == 0:
-                _become(request["start"], pathlib.Path(sys.argv[1]))
-            left.add(answer)
-        else:
-            process = request.get("poll") or request["wait"]
-            ended, status = os.waitpid(process, os.WNOHANG if "poll" in request else 0)
-            answer = os.waitstatus_to_exitcode(status) if ended else "runs"
-            left -= {ended}
-        print(answer, flush=True)
-    for process in left:
-        os.kill(process, signal.SIGKILL)
-    os._exit(0)
+    fork_on_request(lambda request: _become(request["job"], pathlib.Path(request["errors"])))
 
 
 def _become(job: dict[str, Any], errors: pathlib.Path) -> None:

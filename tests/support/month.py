@@ -110,7 +110,7 @@ class Month:
     def _step(self, most_kills: int) -> None:
         time.sleep(self._draws.uniform(0, 0.06))
         process = self._draws.choice(list(self._running))
-        status = self._processes.ended(process)
+        status = self._processes.poll(process)
         if status is None and self.num_killed < most_kills and self._draws.random() < 0.5:
             os.kill(process, signal.SIGKILL)
             status = self._processes.wait(process)

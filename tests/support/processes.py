@@ -28,6 +28,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(TOP), "COLUMNS": "200"}
 
 
+def lives(process_id: int) -> bool:
+    """Tells whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return pathlib.Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def heed_interrupts() -> None:
     """For `preexec_fn`: whoever runs the tests in the background may have told them, and whatever they start, to ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

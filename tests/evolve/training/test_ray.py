@@ -30,14 +30,13 @@ from evolve.training import ray_cluster, ray_trainer
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.ray_trainer import RayTrainer
 from tests.evolve.training.test_workers import DATA, PLAN, SETTINGS, make_system, plan_of
-from tests.support.processes import TOP, environment
-
-ray = pytest.importorskip("ray")
+from tests.support.processes import TOP, environment, lives
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A cluster whose head takes no work, with two nodes that have room for a worker each."""
+    import ray
     from ray.cluster_utils import Cluster
 
     # Not below tmp_path: names of sockets are short.
@@ -87,13 +86,6 @@ def lose_node(cluster: Any, trainer: RayTrainer) -> None:
     for worker in trainer._workers:
         if worker.node == lost.node:
             os.kill(worker.process, signal.SIGKILL)
-
-
-def lives(process: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def long_plan(size: int) -> GenerationPlan:

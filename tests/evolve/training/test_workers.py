@@ -26,7 +26,7 @@ from evolve.store import System
 from evolve.training import workers
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.workers import WorkersTrainer
-from tests.support.processes import TOP, environment
+from tests.support.processes import TOP, environment, lives
 from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, PLAIN, TinyRoot, easy_data, generation
 
 DATA = easy_data()
@@ -147,16 +147,9 @@ def test_workers_end_with_the_process_that_started_them(system: System, tmp_path
     process.stdout.close()
     assert len(children) == 2
     deadline = time.monotonic() + 20
-    while any(_lives(pid) for pid in children):
+    while any(lives(pid) for pid in children):
         assert time.monotonic() < deadline, "workers outlived the process that started them"
         time.sleep(0.1)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_trainer_that_nobody_holds_any_more_ends_its_workers(system: System) -> None:
@@ -167,7 +160,7 @@ def test_a_trainer_that_nobody_holds_any_more_ends_its_workers(system: System) -
     assert pids
     del trainer
     deadline = time.monotonic() + 20
-    while any(_lives(pid) for pid in pids):
+    while any(lives(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert threading.active_count() < 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import signal
@@ -27,6 +28,7 @@ from server.repository import Repository
 from server.triton.engine import TritonEngine
 from server.triton.fleet import EndpointReport, State
 from server.triton.process import TritonProcess
+from tests.support.background import Background
 from tests.support.repository import DIGITS, GREEK, HEBREW, RepositoryBuilder, TaskPlan, answer, random_images
 from tests.support.serving import serving
 from tests.support.triton import Caller, engine_on, environment, segment_process, triton_settings, wait_until
@@ -101,20 +103,19 @@ def wait_until_sound(engine: TritonEngine, triton: TritonProcess) -> None:
     wait_until(is_back)
 
 
-class Asker:
+class Asker(Background):
     """Asks all the time, and keeps what failed."""
 
     def __init__(self, engine: TritonEngine, generation: Generation) -> None:
         self._engine = engine
         self._generation = generation
         self._expected = {name: answer(plan, IMAGES) for name, plan in PLANS.items()}
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(tasks,)) for tasks in (TASKS, ("digits",), ("greek",))]
+        super().__init__([functools.partial(self._run, tasks) for tasks in (TASKS, ("digits",), ("greek",))])
         self.num_answers = 0
         self.errors: list[BaseException] = []
 
-    def _run(self, tasks: tuple[str, ...]) -> None:
-        while not self._stop.is_set():
+    def _run(self, tasks: tuple[str, ...], stop: threading.Event) -> None:
+        while not stop.is_set():
             try:
                 logits = self._engine.answer(Question(self._generation, IMAGES, tasks, time.monotonic() + 20)).result(30)
                 for name in tasks:
@@ -123,16 +124,6 @@ class Asker:
             except (ServerError, AssertionError, TimeoutError) as error:
                 self.errors.append(error)
             time.sleep(0.03)
-
-    def __enter__(self) -> Asker:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def test_a_triton_killed_while_it_infers_costs_no_answer(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
@@ -363,6 +354,10 @@ def ready(triton: TritonProcess) -> set[str]:
         return caller.ready()
 
 
+def segments_at(triton: TritonProcess) -> set[str]:
+    return {name for name in ready(triton) if name.startswith("seg-")}
+
+
 def test_two_servers_on_one_triton_leave_each_others_generations(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
     only = pair[0]
     first = publish(builder, **PLANS)
@@ -408,31 +403,28 @@ def test_reloads_on_two_tritons_fail_and_tear_no_answer(builder: RepositoryBuild
     first = publish(builder, **PLANS)
     seen: list[ClassifyTasksResult] = []
     errors: list[BaseException] = []
-    stop = threading.Event()
 
-    def ask(address: str) -> None:
-        with Client(address) as client:
+    def ask(stop: threading.Event) -> None:
+        with Client(server.address) as client:
             while not stop.wait(0.03):
                 try:
                     seen.append(client.classify_tasks(IMAGES[0], list(TASKS), include_logits=True))
                 except Exception as error:
                     errors.append(error)
 
-    told = triton_settings(builder.root, *pair)
-    with serving(builder.root, engine=told.engine, triton=told.triton) as server:
-        threads = [threading.Thread(target=ask, args=(server.address,)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        try:
-            for index in range(1, 6):
-                last = publish(builder, **systems[index % 2])
-                wait_until(lambda: errors or (seen and seen[-1].generation == last.number), 20)  # noqa: B023
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        for triton in pair:
-            assert ready(triton) >= {*last.segments, *(task.ensemble for task in last.tasks.values())}
+    told = triton_settings(builder.root, *pair, unload_after_seconds=0.2)
+    with (
+        serving(builder.root, engine=told.engine, triton=told.triton) as server,
+        Background([ask] * 4),
+    ):
+        for index in range(1, 6):
+            last = publish(builder, **systems[index % 2])
+            wanted = {*last.segments, *(task.ensemble for task in last.tasks.values())}
+            wait_until(lambda: errors or (seen and seen[-1].generation == last.number), 20)  # noqa: B023  # called at once
+            # Nobody is answered by it before both have all of it.
+            assert errors or all(ready(triton) >= wanted for triton in pair)
+            # What only the other needs goes, so that it has to be loaded again.
+            wait_until(lambda: errors or all(segments_at(triton) == set(last.segments) for triton in pair), 20)  # noqa: B023  # at once
     assert errors == []
     assert {result.generation for result in seen} >= {first.number, last.number}
     for result in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -27,6 +28,7 @@ from server.triton.plans import HeldGeneration
 from server.triton.process import TritonProcess
 from server.triton.shared_memory import FOLDER as MEMORY
 from server.triton.supervisor import Supervisor, read_generation
+from tests.support.background import Background
 from tests.support.processes import TOP, server
 from tests.support.processes import environment as variables
 from tests.support.repository import DIGITS, HEBREW, SHORT, RepositoryBuilder, TaskPlan, answer, random_images
@@ -178,20 +180,19 @@ def test_a_second_one_that_loads_nothing_only_starts_triton_again(
     assert all(is_right(caller, task) for task in PLANS)
 
 
-class Asker:
+class Asker(Background):
     """Asks tasks by their plain names all the time, and keeps what went wrong."""
 
     def __init__(self, address: str, expected: dict[str, list[np.ndarray]]) -> None:
         self._address = address
         self._expected = expected
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(task,)) for task in expected]
+        super().__init__([functools.partial(self._run, task) for task in expected])
         self.latest: dict[str, int] = {}
         self.errors: list[BaseException] = []
 
-    def _run(self, task: str) -> None:
+    def _run(self, task: str, stop: threading.Event) -> None:
         with Caller(self._address) as caller:
-            while not self._stop.wait(0.01):
+            while not stop.wait(0.01):
                 try:
                     logits = caller.infer(task, IMAGES)["logits"]
                     fitting = [
@@ -200,16 +201,6 @@ class Asker:
                     self.latest[task] = fitting.index(True)
                 except (grpc.RpcError, ValueError) as error:
                     self.errors.append(error)
-
-    def __enter__(self) -> Asker:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def test_what_is_published_meanwhile_is_taken_up_and_no_answer_fails_or_is_torn(
