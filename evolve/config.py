@@ -87,6 +87,10 @@ class SearchSettings(Settings):
         children_per_task: children trained per task and round, rounded up to whole generations.
         generation_size: children sampled together.
         mutation_rate: probability of each possible mutation.
+        data_mutation_rate: that of data hyperparameters (augmentation and image size), which move once a generation, not once a child; by
+            default `mutation_rate`.
+        inherit_data: whether a generation that starts from seeds, of a task without a path of its own, takes the data hyperparameters of
+            its first seed; otherwise the defaults, as published.
         auto_tune: whether every tunable hyperparameter mutates; otherwise, of these, only the number of blocks.
         mutate_blocks: whether the number of blocks mutates.
         scale_factor: below 1 costs paths that add parameters; 1 is off.
@@ -98,6 +102,8 @@ class SearchSettings(Settings):
     children_per_task: PositiveInt = 64
     generation_size: Annotated[int, pydantic.Field(ge=1, le=4096)] = 8
     mutation_rate: UnitInterval = 0.1
+    data_mutation_rate: UnitInterval | None = None
+    inherit_data: bool = False
     auto_tune: bool = False
     mutate_blocks: bool = True
     scale_factor: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0

@@ -211,7 +211,7 @@ class _Search:
 
     def _plan_generation(self, index: int, used_seeds: int) -> tuple[GenerationPlan, int]:
         names = (self.plan.seed, self.task.name, self.round, index)
-        data = self._data_hyperparameters(names, mutate=used_seeds == len(self.seeds))
+        data = self._data_hyperparameters(names, self.seeds[used_seeds] if used_seeds < len(self.seeds) else None)
         children = []
         for child in range(self.plan.search.generation_size):
             generator = derive_generator(*names, child)
@@ -223,8 +223,9 @@ class _Search:
                 used_seeds += 1
             if parent.id in self.population:
                 self.population[parent.id].num_children += 1
-            inherited = self.defaults if parent.id == self.system.root.id else parent.hyperparameters
-            sampled = sample_child(child, self._lineage(parent), inherited, data, self.surroundings, generator, mutated=mutated)
+            sampled = sample_child(
+                child, self._lineage(parent), self._inherited(parent), data, self.surroundings, generator, mutated=mutated
+            )
             children.append(dataclasses.replace(sampled, quality_to_beat=self._quality_to_beat(sampled)))
         data_seed = derive_seed(*names, "data")
         gains = self._gains(index)
@@ -250,16 +251,30 @@ class _Search:
         finished = [row for pack in packs for row in pack["children"] if not (row.get("diverged") or "stopped_after" in row)]
         return largest_gains(row["interval_qualities"] for row in finished)
 
-    def _data_hyperparameters(self, names: tuple[object, ...], *, mutate: bool) -> Hyperparameters:
-        """Returns hyperparameters whose data group holds for the generation: the defaults, or the best path's, mutated."""
-        data = self.defaults
+    def _data_hyperparameters(self, names: tuple[object, ...], seed: Path | None) -> Hyperparameters:
+        """Returns hyperparameters whose data group holds for a generation, whose first child is one of `seed` or of no seed any more.
+
+        Those of the best path so far, mutated once no seed is left. Where seeds still come, `inherit_data` gives a task without a path of
+        its own those of the seed; a task without any path has the defaults.
+        """
+        search = self.plan.search
         best = self.population.best()
-        if best is not None:
-            data = data.replace(**{name: getattr(best.path.hyperparameters, name) for name in DATA_NAMES})
-        if not mutate:
+        if seed is not None and search.inherit_data and self.task.name not in self.snapshot.records:
+            data = self._inherited(seed)
+        elif best is not None:
+            data = best.path.hyperparameters
+        else:
+            data = self.defaults
+        data = self.defaults.replace(**{name: getattr(data, name) for name in DATA_NAMES})
+        if seed is not None:
             return data
+        rate = search.mutation_rate if search.data_mutation_rate is None else search.data_mutation_rate
         generator = derive_generator(*names, "data hyperparameters")
-        return step_hyperparameters(data, self.data_tunables, self.plan.search.mutation_rate, generator).hyperparameters
+        return step_hyperparameters(data, self.data_tunables, rate, generator).hyperparameters
+
+    def _inherited(self, parent: Path) -> Hyperparameters:
+        """Returns what children of a path start from."""
+        return self.defaults if parent.id == self.system.root.id else parent.hyperparameters
 
     def _lineage(self, path: Path) -> list[Path]:
         """Returns the path, then its ancestors from near to far, the root last."""

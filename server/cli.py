@@ -348,7 +348,7 @@ def run(
         contextlib.closing(Supervisor(triton, reader, loads=load)) as supervisor,
     ):
         if generation is not None:
-            supervisor.load(generation, stop)
+            supervisor.begin(generation, stop)
         if not stop.is_set():
             # Scripts wait for this line and read the real addresses from it.
             print(_triton_line(triton, generation), flush=True)

@@ -109,6 +109,13 @@ class TritonProcess:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for its end, at most so long; returns whether it has ended."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+        return not self.is_running
+
     @property
     def outcome(self) -> str:
         """How it ended, in words."""

@@ -46,6 +46,11 @@ _log = logging.getLogger(__name__)
 ANSWER_SECONDS = 30.0
 """What an answer may take: much, because an inference that is tried waits behind those of others."""
 
+_NUM_TRIES = 3
+"""So often Triton may end while the first generation loads: what kills it may lie in the generation."""
+
+_END_SECONDS = 2.0
+
 MIB = 1024 * 1024
 _REGION_BYTES = MIB
 """Shared memory that Triton's Python backend takes for each segment before the first request."""
@@ -119,6 +124,28 @@ class Supervisor:
             self._fleet.known.update(held.models, generation.tasks)
             self._fleet.followed = generation
             self._tidying.run()
+
+    def begin(self, generation: Generation, stop: threading.Event) -> None:
+        """Loads the first generation. A Triton that ends meanwhile is started again, which may well help: it was killed, or memory was short.
+
+        Args:
+            generation: what `read_generation` gave.
+            stop: when set, it returns early.
+
+        Raises:
+            GenerationRefusedError, EndpointError: as `load`; also after as many starts as are worth a try.
+            TritonError, SettingsError: Triton ended and does not start again.
+        """
+        for num_left in reversed(range(_NUM_TRIES)):
+            try:
+                self.load(generation, stop)
+            except EndpointGoneError:
+                # What was asked fails a moment before the kernel says that it ended.
+                if not num_left or not self._process.ends_within(_END_SECONDS):
+                    raise
+                self._restart()
+            else:
+                return
 
     def watch(self, stop: threading.Event, interval_seconds: float) -> None:
         """Keeps Triton alive, and what anybody loaded into it, and follows CURRENT, until it is told to stop.

@@ -146,6 +146,7 @@ RANGES = {
     "search.children_per_task": AT_LEAST_1,
     "search.generation_size": ([0, 4097], "a whole number from 1 to 4096"),
     "search.mutation_rate": UNIT_INTERVAL,
+    "search.data_mutation_rate": UNIT_INTERVAL,
     "search.scale_factor": SHARE,
     "search.max_seeds": AT_LEAST_1,
     "training.batch_size": ([0, 65537], "a whole number from 1 to 65536"),

@@ -45,6 +45,10 @@ def _run(system, names, plan=None, trainer=None, observer=None, **task):
     return trainer, observer
 
 
+def _data_of(generation) -> tuple:
+    return tuple(getattr(generation.children[0].hyperparameters, name) for name in DATA_NAMES)
+
+
 def _lineage(folder) -> list:
     """Everything the journals say but seconds."""
     rows = []
@@ -163,10 +167,37 @@ def test_data_hyperparameters_start_from_the_best_path_so_far_and_mutate_only_af
     _run(system, ["a", "b", "c", "d"], plan)
     trainer, _ = _run(system, ["e"], plan)
     # Five seeds at two a generation: those of e mutate from the fourth generation on.
-    data = [tuple(getattr(p.children[0].hyperparameters, name) for name in DATA_NAMES) for p in trainer.plans]
+    data = [_data_of(generation) for generation in trainer.plans]
     defaults = tuple(getattr(DefaultSettings().hyperparameters(3), name) for name in DATA_NAMES)
     assert data[:3] == [defaults] * 3
     assert any(values != defaults for values in data[3:])
+
+
+def test_inherited_data_hyperparameters_are_those_of_each_generations_first_seed_until_the_task_has_a_path(system):
+    plan = _plan(
+        auto_tune=True, mutation_rate=0.7, children_per_task=24, generation_size=2, max_seeds=6, inherit_data=True, rounds=2
+    )
+    one_round = dataclasses.replace(plan, search=plan.search.model_copy(update={"rounds": 1}))
+    _run(system, ["a", "b", "c", "d"], one_round)
+    newest_first = [system.path(system.task(name).path_id) for name in "dcba"]
+    of_paths = [tuple(getattr(path.hyperparameters, name) for name in DATA_NAMES) for path in newest_first]
+    defaults = tuple(getattr(DefaultSettings().hyperparameters(3), name) for name in DATA_NAMES)
+    assert len({*of_paths, defaults}) > 3, "paths alike show nothing"
+    trainer, _ = _run(system, ["e"], one_round)
+    # Seeds are d and c, b and a, and the root, whose generation is filled up with a mutated child.
+    assert [_data_of(generation) for generation in trainer.plans[:3]] == [of_paths[0], of_paths[2], defaults]
+    own = system.path(system.task("e").path_id)
+    trainer, _ = _run(system, ["e"], plan)
+    assert _data_of(trainer.plans[0]) == tuple(getattr(own.hyperparameters, name) for name in DATA_NAMES)
+
+
+@pytest.mark.parametrize(("rate", "data_rate", "moves"), [(0.0, 0.7, True), (0.7, 0.0, False)])
+def test_data_hyperparameters_have_a_rate_of_mutation_of_their_own(system, rate, data_rate, moves):
+    plan = _plan(auto_tune=True, mutation_rate=rate, data_mutation_rate=data_rate, children_per_task=24, generation_size=2)
+    trainer, _ = _run(system, ["one"], plan)
+    assert (len(set(map(_data_of, trainer.plans))) > 1) == moves
+    mutations = {mutation for generation in trainer.plans for child in generation.children for mutation in child.mutations}
+    assert bool(mutations - {"norm: clone"}) != moves
 
 
 def test_without_auto_tune_only_the_number_of_blocks_changes(system):

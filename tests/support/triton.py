@@ -39,13 +39,18 @@ def environment() -> TritonEnvironment:
 class TritonRun:
     """munet-server triton run on free ports; leaving the block stops it with SIGTERM.
 
+    Args:
+        repository: what it serves.
+        output: the file of what it says.
+        arguments: more of the command's own.
+        wait: whether to wait until it says where it serves.
+
     Attributes:
-        address: of KServe v2 over gRPC.
         output: the file of what it says.
         status: exit status, after the block.
     """
 
-    def __init__(self, repository: pathlib.Path, output: pathlib.Path, *arguments: str) -> None:
+    def __init__(self, repository: pathlib.Path, output: pathlib.Path, *arguments: str, wait: bool = True) -> None:
         command = [
             *(sys.executable, "-m", "server.cli", "triton", "run", "--repository", str(repository), "--environment", str(FOLDER)),
             *("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *arguments),
@@ -55,13 +60,21 @@ class TritonRun:
             self.process = subprocess.Popen(command, env=variables(), stdout=stream, stderr=subprocess.STDOUT)
         self.status: int | None = None
         try:
-            wait_until(lambda: "Triton serving" in self.said or self.process.poll() is not None)
-            found = re.search(r"at (\S+), HTTP (\S+?),", self.said)
-            assert found is not None, self.said
+            if wait:
+                self.wait_until_serving()
         except BaseException:
             self.process.kill()
             raise
-        self.address = found[1]
+
+    def wait_until_serving(self) -> None:
+        wait_until(lambda: "Triton serving" in self.said or self.process.poll() is not None)
+        assert "Triton serving" in self.said, self.said
+
+    @property
+    def address(self) -> str:
+        found = re.search(r"at (\S+), HTTP (\S+?),", self.said)
+        assert found is not None, self.said
+        return found[1]
 
     @property
     def said(self) -> str:

@@ -235,15 +235,15 @@ def test_without_any_triton_it_does_not_start(builder: RepositoryBuilder, two: G
 def test_aliases_follow_for_clients_that_talk_to_triton(builder: RepositoryBuilder, triton: TritonProcess) -> None:
     images = random_images(3, 8)
     told = triton_settings(builder.root, triton, unload_after_seconds=0.0)
-    builder.publish({"moving": DIGITS, "going": GREEK})
+    builder.publish({"changing": DIGITS, "going": GREEK})
     with serving(builder.root, engine=told.engine, triton=told.triton) as server, Caller(triton.addresses.grpc) as caller:
-        wait_until(lambda: {"moving", "going"} <= caller.ready())
-        np.testing.assert_allclose(caller.infer("moving", images)["logits"], answer(DIGITS, images), atol=1e-4, rtol=0)
-        builder.publish({"moving": HEBREW})
+        wait_until(lambda: {"changing", "going"} <= caller.ready())
+        np.testing.assert_allclose(caller.infer("changing", images)["logits"], answer(DIGITS, images), atol=1e-4, rtol=0)
+        builder.publish({"changing": HEBREW})
         wait_until(lambda: server.server.reloader.generation.number == builder.newest())
         # Whoever asks meanwhile gets one or the other, whole.
         while True:
-            logits = caller.infer("moving", images)["logits"]
+            logits = caller.infer("changing", images)["logits"]
             if logits.shape[1] == len(HEBREW.labels):
                 break
             np.testing.assert_allclose(logits, answer(DIGITS, images), atol=1e-4, rtol=0)

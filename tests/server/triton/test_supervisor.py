@@ -180,6 +180,39 @@ def test_a_second_one_that_loads_nothing_only_starts_triton_again(
     assert all(is_right(caller, task) for task in PLANS)
 
 
+def test_a_triton_killed_while_the_first_generation_loads_is_started_again(
+    builder: RepositoryBuilder, tmp_path: pathlib.Path
+) -> None:
+    with TritonRun(builder.root, tmp_path / "output", wait=False) as run:
+        # One of several segments runs, so the load has begun and has not ended.
+        wait_until(lambda: children(run.process.pid) and children(run.triton_pid))
+        first, stubs, prefix = run.triton_pid, children(run.triton_pid), prefix_of(run)
+        kill(first)
+        run.wait_until_serving()
+        assert "Triton ended with signal 9" in run.said.partition("Triton serving")[0]
+        assert run.triton_pid != first
+        assert not any(map(is_alive, stubs))
+        with Caller(run.address) as caller:
+            assert all(is_right(caller, task) for task in PLANS)
+        assert run.stop() == 0
+    assert run.said.endswith("stopped; 1 restart, 0 segments loaded again\n")
+    assert not list(MEMORY.glob(f"{prefix}*"))
+
+
+def test_a_command_killed_with_sigkill_takes_triton_along_and_what_it_leaves_goes_at_the_next_start(
+    builder: RepositoryBuilder, tmp_path: pathlib.Path
+) -> None:
+    with TritonRun(builder.root, tmp_path / "output") as run:
+        prefix = prefix_of(run)
+        processes = [run.triton_pid, *children(run.triton_pid)]
+        kill(run.process.pid)
+        run.log.unlink()
+    wait_until(lambda: not any(map(is_alive, processes)))
+    assert list(MEMORY.glob(f"{prefix}*"))
+    TritonRun(builder.root, tmp_path / "next", "--no-load").stop()
+    assert not list(MEMORY.glob(f"{prefix}*"))
+
+
 class Asker(Background):
     """Asks tasks by their plain names all the time, and keeps what went wrong."""
 
