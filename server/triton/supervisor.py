@@ -126,7 +126,7 @@ class Supervisor:
             self._tidying.run()
 
     def begin(self, generation: Generation, stop: threading.Event) -> None:
-        """Loads the first generation. A Triton that ends meanwhile is started again, which may well help: it was killed, or memory was short.
+        """Loads the first generation. A Triton that ends meanwhile is started again: it may have been killed, or memory was short.
 
         Args:
             generation: what `read_generation` gave.
