@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from benchmarks.published import Published
 from evolve.documents import TaskRecord
 from evolve.export.onnx import export_segment
 from evolve.export.publish import export_system
@@ -68,23 +69,6 @@ def random_layers(architecture: Architecture) -> dict[Position, tuple[LayerSpec,
         num_classes=0,
     )
     return dict(decompose(vit, architecture.image_size))
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A system that was exported.
-
-    Attributes:
-        repository: the model repository.
-        whole: each task's route as one ONNX file, by name.
-        shared: share of one forward pass, by floating point operations, in layers that all tasks have in common.
-        image_size: in pixels.
-    """
-
-    repository: pathlib.Path
-    whole: Mapping[str, pathlib.Path]
-    shared: float
-    image_size: int
 
 
 def publish(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, Sequence[int]]) -> Published:

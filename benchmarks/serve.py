@@ -42,22 +42,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
+from benchmarks.published import Published
 from benchmarks.reporting import TOP, Ratio, Report, Target, add_arguments, milliseconds, rounded, seconds_of
 from server.client import AsyncClient
 from server.config import EngineSettings, num_usable_cpus
 from server.embedded.engine import EmbeddedEngine
 from server.engine import Question
 from server.repository import Repository
-
-if TYPE_CHECKING:
-    from benchmarks.random_models import Published
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")

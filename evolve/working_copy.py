@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import secrets
@@ -40,13 +39,11 @@ from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_i
 from evolve.objects import Objects, open_objects
 from evolve.path import path_id
 from evolve.store import JournalFile, System
+from evolve.user_cache import cache_folder
 from munet.files import sync_folder
 
 FORMAT = "store-1"
 """Version of the layout described above."""
-
-CACHE_VARIABLE = "MUNET_CACHE"
-"""Environment variable: the folder that working copies are in; by default `munet` in the user's cache folder."""
 
 _NOTE = "working-copy.json"
 
@@ -474,10 +471,8 @@ def open_copy(url: str) -> System:
 
 def working_folder(url: str) -> pathlib.Path:
     """Returns the folder of this machine's working copy of what is at a URL."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "munet"
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2])
-    return (pathlib.Path(chosen) if chosen else cache) / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return cache_folder() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 def _with_parents(versions: Mapping[str, _Version], root: str) -> Iterator[tuple[str, TaskRecord]]:

@@ -5,12 +5,29 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 # Read when torch loads, as `munet-evolve` sets it: tests run beside each other, and threads that wait in a busy loop take the others' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+_CACHE = "MUNET_CACHE"
+_FOLDER = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # One for all processes of a run, which inherit it from the first, and none of them sees the user's own.
+    if not hasattr(config, "workerinput"):
+        config.stash[_FOLDER] = tempfile.TemporaryDirectory(prefix="munet-cache-")
+        os.environ[_CACHE] = config.stash[_FOLDER].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _FOLDER in config.stash:
+        config.stash[_FOLDER].cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,10 @@ import onnx.numpy_helper
 import torch
 from torch import nn
 
+import evolve.adapter
+import evolve.vit
 from evolve.errors import ExportError
+from evolve.export.graph_cache import cached_model
 from evolve.export.segments import Segment
 from evolve.export.settings import ExportSettings, Precision, exporter_version
 from evolve.export.tensors import BATCH, TOKENS, Tensor, input_of, output_of
@@ -174,6 +178,22 @@ def _graph_of(layer: Layer, source: Tensor, settings: ExportSettings) -> _Graph:
 @functools.cache
 def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, opset: int, precision: Precision) -> _Graph:
     module = _LayerFunction(spec, precision)
+    what = {"kind": spec.kind, "config": spec.config, "image_shape": image_shape, "opset": opset, "precision": precision}
+    sources = [evolve.adapter, evolve.vit, sys.modules[__name__]]
+    model = cached_model(what, sources, lambda: _run_exporter(module, spec, image_shape, opset, precision))
+    inputs = [value.name for value in model.graph.input]
+    return _Graph(
+        nodes=tuple(model.graph.node),
+        constants=tuple(model.graph.initializer),
+        input=inputs[0],
+        weights=dict(zip(module.weight_names, inputs[1:], strict=True)),
+        output=model.graph.output[0].name,
+    )
+
+
+def _run_exporter(
+    module: _LayerFunction, spec: LayerSpec, image_shape: tuple[int | None, ...] | None, opset: int, precision: Precision
+) -> onnx.ModelProto:
     example, free = _example_input(spec, image_shape)
     if example.is_floating_point():
         example = example.to(_TORCH_TYPES[precision])
@@ -187,18 +207,11 @@ def _export_layer(spec: LayerSpec, image_shape: tuple[int | None, ...] | None, o
     )
     if program is None:
         raise ExportError(f"found no graph for {spec}", "one from torch.onnx")
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     foreign = sorted({node.domain for node in model.graph.node if node.domain} | {f.name for f in model.functions})
     if foreign:
         raise ExportError(f"found operators of {foreign} in the graph of a {spec.kind}", "standard ONNX operators only")
-    inputs = [value.name for value in model.graph.input]
-    return _Graph(
-        nodes=tuple(model.graph.node),
-        constants=tuple(model.graph.initializer),
-        input=inputs[0],
-        weights=dict(zip(module.weight_names, inputs[1:], strict=True)),
-        output=model.graph.output[0].name,
-    )
+    return model
 
 
 class _LayerFunction(nn.Module):
