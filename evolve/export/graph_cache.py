@@ -39,7 +39,8 @@ def cached_model(what: Mapping[str, Any], sources: Iterable[ModuleType], make: C
     """
     try:
         file = cache_folder() / "graphs" / f"{_key(what, sources)}.onnx"
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        # No home, or no sources: nothing says where, or what it depends on.
         _log.debug("graphs are not kept: %s", error)
         return make()
     model = _read(file)

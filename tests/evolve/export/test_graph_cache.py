@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import types
 from collections.abc import Iterator
 
 import onnx
@@ -97,10 +98,17 @@ def test_where_nothing_can_be_kept_it_is_made_each_time(
         asked.append(1)
         return onnx.ModelProto(producer_name="made")
 
+    # Of a module without sources nobody knows whether it changed.
+    no_sources = types.ModuleType("frozen")
+    no_sources.__file__ = str(tmp_path / "nowhere.py")
+    for _ in range(2):
+        assert graph_cache.cached_model({}, [no_sources], make).producer_name == "made"
+    assert len(asked) == 2
+    assert not cache.exists()
     (tmp_path / "cache").write_text("a file where the folder should be")
     for _ in range(2):
         assert graph_cache.cached_model({}, [], make).producer_name == "made"
-    assert len(asked) == 2
+    assert len(asked) == 4
     monkeypatch.delenv("MUNET_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
