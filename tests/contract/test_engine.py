@@ -114,7 +114,7 @@ def test_concurrent_questions_of_different_tasks_share_executions(engine: Engine
         future.result()
     requested, computed, executions = rows_by_layer(engine, generation, "digits")[0]
     assert (requested, computed) == (200, 200)
-    assert executions < 150
+    assert executions < requested
 
 
 def test_rehearsals_are_not_counted(engine: Engine, generation: Generation) -> None:
