@@ -109,12 +109,16 @@ def test_answers_do_not_depend_on_what_else_is_asked(engine: Engine, generation:
 def test_concurrent_questions_of_different_tasks_share_executions(engine: Engine, generation: Generation) -> None:
     engine.load(generation)
     images = random_images(1, 8)
-    futures = [engine.answer(Question(generation, images, (SMALL[index % 4],))) for index in range(200)]
-    for future in futures:
-        future.result()
-    requested, computed, executions = rows_by_layer(engine, generation, "digits")[0]
-    assert (requested, computed) == (200, 200)
-    assert executions < requested
+    for asked in range(200, 4200, 200):
+        futures = [engine.answer(Question(generation, images, (SMALL[index % 4],))) for index in range(200)]
+        for future in futures:
+            future.result()
+        requested, computed, executions = rows_by_layer(engine, generation, "digits")[0]
+        assert (requested, computed) == (asked, asked)
+        # Questions that come slower than they are answered share nothing; then they are asked again.
+        if executions < asked - 50:
+            return
+    pytest.fail(f"{executions} executions of {asked} rows: next to nothing was shared")
 
 
 def test_rehearsals_are_not_counted(engine: Engine, generation: Generation) -> None:

@@ -45,8 +45,12 @@ def _run(system, names, plan=None, trainer=None, observer=None, **task):
     return trainer, observer
 
 
-def _data_of(generation) -> tuple:
-    return tuple(getattr(generation.children[0].hyperparameters, name) for name in DATA_NAMES)
+def _data_of(hyperparameters) -> tuple:
+    return tuple(getattr(hyperparameters, name) for name in DATA_NAMES)
+
+
+def _data_of_generations(trainer) -> list[tuple]:
+    return [_data_of(generation.children[0].hyperparameters) for generation in trainer.plans]
 
 
 def _lineage(folder) -> list:
@@ -156,7 +160,7 @@ def test_all_children_of_a_generation_share_their_data_hyperparameters(system):
     trainer, _ = _run(system, ["one"], _plan(auto_tune=True, mutation_rate=0.5, children_per_task=32))
     seen = []
     for plan in trainer.plans:
-        values = {tuple(getattr(child.hyperparameters, name) for name in DATA_NAMES) for child in plan.children}
+        values = {_data_of(child.hyperparameters) for child in plan.children}
         assert len(values) == 1
         seen.append(values.pop())
     assert len(set(seen)) > 1
@@ -167,8 +171,8 @@ def test_data_hyperparameters_start_from_the_best_path_so_far_and_mutate_only_af
     _run(system, ["a", "b", "c", "d"], plan)
     trainer, _ = _run(system, ["e"], plan)
     # Five seeds at two a generation: those of e mutate from the fourth generation on.
-    data = [_data_of(generation) for generation in trainer.plans]
-    defaults = tuple(getattr(DefaultSettings().hyperparameters(3), name) for name in DATA_NAMES)
+    data = _data_of_generations(trainer)
+    defaults = _data_of(DefaultSettings().hyperparameters(3))
     assert data[:3] == [defaults] * 3
     assert any(values != defaults for values in data[3:])
 
@@ -180,22 +184,22 @@ def test_inherited_data_hyperparameters_are_those_of_each_generations_first_seed
     one_round = dataclasses.replace(plan, search=plan.search.model_copy(update={"rounds": 1}))
     _run(system, ["a", "b", "c", "d"], one_round)
     newest_first = [system.path(system.task(name).path_id) for name in "dcba"]
-    of_paths = [tuple(getattr(path.hyperparameters, name) for name in DATA_NAMES) for path in newest_first]
-    defaults = tuple(getattr(DefaultSettings().hyperparameters(3), name) for name in DATA_NAMES)
+    of_paths = [_data_of(path.hyperparameters) for path in newest_first]
+    defaults = _data_of(DefaultSettings().hyperparameters(3))
     assert len({*of_paths, defaults}) > 3, "paths alike show nothing"
     trainer, _ = _run(system, ["e"], one_round)
     # Seeds are d and c, b and a, and the root, whose generation is filled up with a mutated child.
-    assert [_data_of(generation) for generation in trainer.plans[:3]] == [of_paths[0], of_paths[2], defaults]
+    assert _data_of_generations(trainer)[:3] == [of_paths[0], of_paths[2], defaults]
     own = system.path(system.task("e").path_id)
     trainer, _ = _run(system, ["e"], plan)
-    assert _data_of(trainer.plans[0]) == tuple(getattr(own.hyperparameters, name) for name in DATA_NAMES)
+    assert _data_of_generations(trainer)[0] == _data_of(own.hyperparameters)
 
 
 @pytest.mark.parametrize(("rate", "data_rate", "moves"), [(0.0, 0.7, True), (0.7, 0.0, False)])
 def test_data_hyperparameters_have_a_rate_of_mutation_of_their_own(system, rate, data_rate, moves):
     plan = _plan(auto_tune=True, mutation_rate=rate, data_mutation_rate=data_rate, children_per_task=24, generation_size=2)
     trainer, _ = _run(system, ["one"], plan)
-    assert (len(set(map(_data_of, trainer.plans))) > 1) == moves
+    assert (len(set(_data_of_generations(trainer))) > 1) == moves
     mutations = {mutation for generation in trainer.plans for child in generation.children for mutation in child.mutations}
     assert bool(mutations - {"norm: clone"}) != moves
 

@@ -23,7 +23,7 @@ from server.config import ServerSettings
 from server.triton.engine import TritonEngine
 from server.triton.environment import TritonEnvironment, find_environment
 from server.triton.process import TritonProcess
-from tests.support.processes import TOP
+from tests.support.processes import TOP, lives
 from tests.support.processes import environment as variables
 from tests.support.repository import RepositoryBuilder
 from tests.support.serving import ENGINE, server_settings
@@ -195,19 +195,12 @@ def children(pid: int) -> list[int]:
         # Threads come and go meanwhile.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found += map(int, (task / "children").read_text().split())
-    return [child for child in found if is_alive(child)]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return [child for child in found if lives(child)]
 
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(pid))
+    wait_until(lambda: not lives(pid))
 
 
 def wait_until(condition: Callable[[], object], timeout_seconds: float = TIMEOUT_SECONDS) -> None:

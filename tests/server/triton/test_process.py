@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 
@@ -23,10 +24,10 @@ from tritonclient.grpc import model_config_pb2
 from server.errors import SettingsError, TritonProcessError
 from server.triton.process import TritonAddresses, TritonProcess
 from server.triton.shared_memory import FOLDER, SharedMemory, remove_abandoned
-from tests.support.processes import TOP
+from tests.support.processes import TOP, lives
 from tests.support.processes import environment as variables
 from tests.support.repository import TASKS, TRAP, RepositoryBuilder, answer, random_images
-from tests.support.triton import Caller, children, environment, is_alive, kill, make_request, read_response, wait_until
+from tests.support.triton import Caller, children, environment, kill, make_request, read_response, segment_process, wait_until
 
 THREADS = 2
 
@@ -102,24 +103,27 @@ def test_all_tasks_of_a_size_are_answered_at_once(caller: Caller, builder: Repos
     assert caller.executions(builder.read_manifest(1).tasks[0].route[0]) == before + 1
 
 
-def test_one_bad_request_harms_none_of_its_batch(caller: Caller, builder: RepositoryBuilder) -> None:
+def test_one_bad_request_harms_none_of_its_batch(triton: TritonProcess, caller: Caller, builder: RepositoryBuilder) -> None:
     (trap,) = [task for task in builder.read_manifest(1).tasks if task.name == "trap"]
+    executions = caller.executions(trap.route[0])
     images = random_images(60, 8, seed=1)
     images[::6, 0, 0, 0] = 250
-    for _attempt in range(30):
-        executions = caller.executions(trap.route[0])
+    # Held up, so that they share batches, however fast this machine answers.
+    held_up = segment_process(triton, trap.route[0])
+    os.kill(held_up, signal.SIGSTOP)
+    try:
         calls = [caller.stub.ModelInfer.future(make_request("trap", image[np.newaxis]), timeout=60) for image in images]
-        for number, call in enumerate(calls):
-            if number % 6:
-                found = read_response(call.result())["logits"]
-                np.testing.assert_allclose(found, answer(TRAP, images[number : number + 1]), atol=1e-4)
-            else:
-                with pytest.raises(grpc.RpcError, match="out of data bounds"):
-                    call.result()
-        # Requests that come slower than they are answered share no batch; then nothing was shown, and they are sent again.
-        if caller.executions(trap.route[0]) - executions < len(images):
-            return
-    pytest.fail("nothing was batched, so nothing was shown")
+        time.sleep(0.3)
+    finally:
+        os.kill(held_up, signal.SIGCONT)
+    for number, call in enumerate(calls):
+        if number % 6:
+            found = read_response(call.result())["logits"]
+            np.testing.assert_allclose(found, answer(TRAP, images[number : number + 1]), atol=1e-4)
+        else:
+            with pytest.raises(grpc.RpcError, match="out of data bounds"):
+                call.result()
+    assert caller.executions(trap.route[0]) - executions < len(images), "nothing was batched, so nothing was shown"
 
 
 def test_float16_passes_through(caller: Caller, builder: RepositoryBuilder) -> None:
@@ -207,7 +211,7 @@ with TritonProcess(environment(), pathlib.Path({str(builder.root)!r})) as triton
         remove_abandoned()
         assert list(FOLDER.glob(f"{prefix}*")), "what is used was removed"
         parent.kill()
-        wait_until(lambda: not any(map(is_alive, processes)))
+        wait_until(lambda: not any(map(lives, processes)))
     remove_abandoned()
     assert not list(FOLDER.glob(f"{prefix[:-1]}*"))
     pathlib.Path(log).unlink()
@@ -225,7 +229,7 @@ def test_a_kill_leaves_nothing_in_shared_memory(builder: RepositoryBuilder) -> N
         before = triton.addresses
         triton.start()
         assert triton.addresses == before
-        assert not is_alive(stub)
+        assert not lives(stub)
         caller.load(builder.read_manifest(1).segments[0].name)
         assert len(list(FOLDER.glob(f"{prefix}*"))) == 1
         assert triton.stop() == 0

@@ -29,10 +29,10 @@ from server.triton.process import TritonProcess
 from server.triton.shared_memory import FOLDER as MEMORY
 from server.triton.supervisor import Supervisor, read_generation
 from tests.support.background import Background
-from tests.support.processes import TOP, server
+from tests.support.processes import TOP, lives, server
 from tests.support.processes import environment as variables
 from tests.support.repository import DIGITS, HEBREW, SHORT, RepositoryBuilder, TaskPlan, answer, random_images
-from tests.support.triton import FOLDER, Caller, TritonRun, children, environment, is_alive, kill, make_request, wait_until
+from tests.support.triton import FOLDER, Caller, TritonRun, children, environment, kill, make_request, wait_until
 
 PLANS = {"digits": DIGITS, "hebrew": HEBREW, "short": SHORT}
 IMAGES = random_images(3, 8, seed=9)
@@ -115,7 +115,7 @@ def test_a_killed_triton_is_started_again_where_it_was(run: TritonRun, caller: C
     kill(before)
     wait_until(lambda: children(run.process.pid) not in ([], [before]) and answers(caller) and caller.ready() == loaded)
     assert all(is_right(caller, task) for task in PLANS)
-    assert not any(map(is_alive, stubs))
+    assert not any(map(lives, stubs))
     num_segments = len(builder.read_manifest(1).segments)
     assert len(list(MEMORY.glob(f"{prefix_of(run)}-*"))) == num_segments
 
@@ -191,7 +191,7 @@ def test_a_triton_killed_while_the_first_generation_loads_is_started_again(
         run.wait_until_serving()
         assert "Triton ended with signal 9" in run.said.partition("Triton serving")[0]
         assert run.triton_pid != first
-        assert not any(map(is_alive, stubs))
+        assert not any(map(lives, stubs))
         with Caller(run.address) as caller:
             assert all(is_right(caller, task) for task in PLANS)
         assert run.stop() == 0
@@ -207,7 +207,7 @@ def test_a_command_killed_with_sigkill_takes_triton_along_and_what_it_leaves_goe
         processes = [run.triton_pid, *children(run.triton_pid)]
         kill(run.process.pid)
         run.log.unlink()
-    wait_until(lambda: not any(map(is_alive, processes)))
+    wait_until(lambda: not any(map(lives, processes)))
     assert list(MEMORY.glob(f"{prefix}*"))
     TritonRun(builder.root, tmp_path / "next", "--no-load").stop()
     assert not list(MEMORY.glob(f"{prefix}*"))
