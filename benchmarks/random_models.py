@@ -25,7 +25,7 @@ from evolve.layer import HEAD, NORM, Layer, LayerSpec, Position, Tensors, block_
 from evolve.path import Path, PlacedLayer, ordered_positions
 from evolve.specs import head_spec
 from evolve.store import System
-from evolve.vit import decompose
+from evolve.timm_models import decompose
 
 NUM_CLASSES = 100
 

@@ -31,7 +31,8 @@ from evolve.data.load import load_task
 from evolve.data.task import ImageSet, TaskData
 from evolve.layer import PATCH_EMBED, LayerKind, block_position
 from evolve.root import RootLayers, load_root
-from evolve.vit import PathModel, build_module, decompose
+from evolve.timm_models import decompose
+from evolve.vit import PathModel, build_module
 
 SCRIPTS = ("GREEK", "LATIN", "ARMENIAN", "GEORGIAN", "HEBREW", "LISU", "NKO")
 """Reserved for tasks: no recipe pretrains on them."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.layers.norm import LayerNorm
 from torch import nn
 
 from evolve.layer import LayerSpec
@@ -28,7 +27,7 @@ class Adapter(nn.Module):
     def __init__(self, width: int, adapter_width: int, eps: float) -> None:
         """Makes an adapter with torch's own initial weights; `initial_tensors` gives those of a new one."""
         super().__init__()
-        self.norm = LayerNorm(width, eps=eps)
+        self.norm = nn.LayerNorm(width, eps=eps)
         self.down = nn.Linear(width, adapter_width)
         self.up = nn.Linear(adapter_width, width)
 

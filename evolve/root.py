@@ -10,7 +10,6 @@ import dataclasses
 import importlib.resources
 import json
 import logging
-import math
 import pathlib
 import pickle
 import re
@@ -22,16 +21,14 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 import safetensors.torch
-import timm
 import torch
 
 from evolve.config import RootSettings
 from evolve.errors import CheckpointError
 from evolve.layer import PATCH_EMBED, POS_EMBED, LayerKind, LayerSpec, Position, Tensors
 from evolve.path import ordered_positions
-from evolve.vit import build_module, decompose
+from evolve.vit import build_module
 from munet.files import write_atomically
-from munet.names import similar_names
 
 FORMAT = "munet-root-1"
 """Name and version of the format described above."""
@@ -205,52 +202,17 @@ def _unreadable(file: pathlib.Path, error: Exception) -> CheckpointError:
 # timm
 
 
-def _check_name(model_name: str) -> None:
-    known = model_name.partition(".")[0]
-    if not timm.is_model(known):
-        similar = similar_names(known, timm.list_models())
-        advice = f"did you mean {' or '.join(map(repr, similar))}?" if similar else "see timm.list_models()"
-        raise CheckpointError(f"found the model name {model_name!r}", "one that timm knows", advice)
-
-
 def _download(model_name: str) -> LoadedRoot:
-    _check_name(model_name)
-    try:
-        model = timm.create_model(model_name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"could not get the pretrained weights of {model_name!r} ({error})",
-            "weights that timm can download",
-            "without a network, fetch the checkpoint elsewhere and use source = 'file' with file and model",
-        ) from error
-    return _take_apart(model)
+    from evolve import timm_models  # takes seconds to import
+
+    return _take_apart(timm_models.download(model_name))
 
 
 def _load_timm_checkpoint(file: pathlib.Path, model_name: str) -> LoadedRoot:
-    _check_name(model_name)
-    state = _read_state(file)
-    try:
-        model = timm.create_model(model_name, pretrained=False, num_classes=0, **_grid_options(state))
-    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
-        raise CheckpointError(
-            f"could not make the model {model_name!r} for {file} ({error})",
-            "a Vision Transformer of timm that fits the checkpoint",
-        ) from error
-    wanted = model.state_dict()
-    differences = [
-        f"{name}: {_shape(state, name)} in the file, {_shape(wanted, name)} in the model"
-        for name in sorted(wanted.keys() | state.keys())
-        if _shape(state, name) != _shape(wanted, name)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"found a checkpoint of another architecture than {model_name!r} in {file}: {'; '.join(differences[:3])}"
-            + (f"; and {len(differences) - 3} more" if len(differences) > 3 else ""),
-            "tensors of the same names and shapes",
-            "set model to the architecture the checkpoint was made with",
-        )
-    model.load_state_dict(state)
-    return _take_apart(model)
+    from evolve import timm_models  # takes seconds to import
+
+    timm_models.check_name(model_name)
+    return _take_apart(timm_models.restore(model_name, _read_state(file), file))
 
 
 def _read_state(file: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -278,26 +240,12 @@ def _read_state(file: pathlib.Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named.items() if not re.match(r"(head|head_dist|pre_logits)\.", name)}
 
 
-def _grid_options(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Returns the image size that the checkpoint's position embedding was made for, if it is square."""
-    positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if positions is None or patches is None or positions.ndim != 3 or patches.ndim != 4:
-        return {}
-    for rows in (positions.shape[1] - 1, positions.shape[1]):
-        side = math.isqrt(max(rows, 0))
-        if side > 0 and side * side == rows:
-            return {"img_size": side * patches.shape[-1]}
-    return {}
-
-
-def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
-    return str(list(tensors[name].shape)) if name in tensors else "nothing"
-
-
 def _take_apart(model: Any) -> LoadedRoot:
+    from evolve import timm_models  # takes seconds to import
+
     embed = getattr(model, "patch_embed", None)
     image_size = int((getattr(embed, "img_size", None) or (0,))[0])
-    layers: dict[Position, tuple[LayerSpec, Tensors]] = {**decompose(model, image_size)}
+    layers: dict[Position, tuple[LayerSpec, Tensors]] = {**timm_models.decompose(model, image_size)}
     mean, std = (np.asarray(model.pretrained_cfg.get(key) or (0.5, 0.5, 0.5)) for key in ("mean", "std"))
     if not (np.allclose(mean, 0.5) and np.allclose(std, 0.5)):
         _log.info("the checkpoint scales images by mean %s and deviation %s: folded into its patch embedding", mean, std)

@@ -10,59 +10,42 @@ Every layer is a function of one tensor, so that any run of neighbouring layers 
     norm          hidden  ->  the class token's row, normalised [batch, width]
     head          row     ->  logits [batch, classes]
 
-The computation within patch embedding, block and norm is timm's. (The final norm works row by row: normalising the class token's row
-alone gives the same bits as normalising all rows.) A layer's tensors are named as in its module. `decompose` takes a timm model apart
-into layers.
+Patch embedding, block and norm compute, to the bit, what timm's Vision Transformer computes, whose checkpoints roots come from
+(evolve.timm_models); nothing here imports timm, which takes longer to import than torch. (The final norm works row by row: normalising
+the class token's row alone gives the same bits as normalising all rows.) A layer's tensors are named as in its module, as timm names
+them.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929 (2021), section 3.1.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.layers.activations import GELU, GELUTanh
-from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
-from timm.layers.norm import LayerNorm
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from evolve.adapter import Adapter, initial_tensors
-from evolve.errors import CheckpointError
-from evolve.layer import (
-    CLASS_TOKEN,
-    NORM,
-    PATCH_EMBED,
-    POS_EMBED,
-    LayerKind,
-    LayerSpec,
-    Position,
-    Tensors,
-    block_position,
-)
+from evolve.layer import LayerKind, LayerSpec, Position, Tensors
 from evolve.path import Path
-from evolve.position_embedding import position_embedding_spec
 from munet.preprocessing import Pixels
 
-ACTIVATIONS: Mapping[str, type[nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
-"""Activations of a block's MLP by the name its configuration gives."""
+ACTIVATIONS: Mapping[str, Literal["none", "tanh"]] = {"gelu": "none", "gelu_tanh": "tanh"}
+"""How the GELU of a block's MLP is approximated, by the name its configuration gives."""
 
 
-class PatchEmbedding(PatchEmbed):
+class PatchEmbedding(nn.Module):
     """Scales an image to [-1, 1] and projects its patches.
 
     Tensors: `proj.weight` [width, 3, patch_size, patch_size], `proj.bias` [width] if the configuration says bias.
     """
 
     def __init__(self, width: int, patch_size: int, bias: bool) -> None:
-        super().__init__(img_size=None, patch_size=patch_size, embed_dim=width, bias=bias)
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Returns the patches.
@@ -75,8 +58,8 @@ class PatchEmbedding(PatchEmbed):
         """
         if image.dtype == torch.uint8:
             image = scale_image(image)
-        patches: torch.Tensor = super().forward(image.permute(0, 3, 1, 2))  # type: ignore[no-untyped-call]
-        return patches
+        projected: torch.Tensor = self.proj(image.permute(0, 3, 1, 2))
+        return projected.flatten(2).transpose(1, 2)
 
 
 class ClassToken(nn.Module):
@@ -103,13 +86,105 @@ class PositionEmbedding(nn.Module):
         return x + self.weight
 
 
-class ClassTokenNorm(LayerNorm):
+class Attention(nn.Module):
+    """Self-attention with several heads. Tensors: `qkv.weight` [3 * width, width], `qkv.bias` if so configured, `proj.*`.
+
+    Attributes:
+        fused: whether torch's fused attention computes it; otherwise the matrix products stand one by one.
+    """
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.fused = True
+        self._heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns [batch, tokens, width] for [batch, tokens, width]."""
+        batch, tokens, width = x.shape
+        queries, keys, values = (
+            self.qkv(x).reshape(batch, tokens, 3, self._heads, width // self._heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        if self.fused:
+            mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        else:
+            scores = (queries * (width // self._heads) ** -0.5) @ keys.transpose(-2, -1)
+            mixed = scores.softmax(dim=-1) @ values
+        attended: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return attended
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between. Tensors: `fc1.*` to the width of the MLP, `fc2.*` back."""
+
+    def __init__(self, width: int, mlp_width: int, approximate: Literal["none", "tanh"]) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.act = nn.GELU(approximate)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns [batch, tokens, width] for [batch, tokens, width]."""
+        mapped: torch.Tensor = self.fc2(self.act(self.fc1(x)))
+        return mapped
+
+
+class LayerScale(nn.Module):
+    """Scales every feature. Tensors: `gamma` [width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns [batch, tokens, width] for [batch, tokens, width]."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A transformer block with the norms before attention and MLP.
+
+    Tensors: `norm1.*`, `attn.*` (Attention), `ls1.gamma` if the configuration says layer_scale; `norm2.*`, `mlp.*` (Mlp), `ls2.gamma`.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        """Makes a block as its spec says.
+
+        Raises:
+            ValueError: the spec names an activation that is not known, or heads that do not divide the width.
+        """
+        super().__init__()
+        width, heads, eps, activation = (
+            spec.integer("width"),
+            spec.integer("heads"),
+            float(spec.config["eps"]),
+            spec.config["activation"],
+        )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"found activation {activation!r}, expected one of {sorted(ACTIVATIONS)}")
+        if width % heads != 0:
+            raise ValueError(f"found {heads} heads, expected a number that divides the width {width}")
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, bool(spec.config["qkv_bias"]))
+        self.ls1 = LayerScale(width) if spec.config["layer_scale"] else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, spec.integer("mlp_width"), ACTIVATIONS[str(activation)])
+        self.ls2 = LayerScale(width) if spec.config["layer_scale"] else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns [batch, tokens, width] for [batch, tokens, width]."""
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        mapped: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return mapped
+
+
+class ClassTokenNorm(nn.LayerNorm):
     """The final norm, of the class token's row. Tensors: `weight` and `bias` [width]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns [batch, width] for [batch, tokens, width]."""
-        row: torch.Tensor = super().forward(x[:, 0])
-        return row
+        return super().forward(x[:, 0])
 
 
 def scale_image(image: torch.Tensor) -> torch.Tensor:
@@ -123,7 +198,7 @@ def build_module(spec: LayerSpec, tensors: Tensors | None, *, fused_attention: b
     Args:
         spec: kind and configuration.
         tensors: the layer's weights, copied as float32. None gives a new adapter (seed 0), a head of zeros, and for any other kind
-            what torch and timm initialise it with.
+            what torch initialises it with.
         fused_attention: whether a block uses torch's fused attention.
 
     Raises:
@@ -145,7 +220,7 @@ def build_module(spec: LayerSpec, tensors: Tensors | None, *, fused_attention: b
             raise ValueError(f"found weights that do not fit {spec}: {error}") from error
     for part in module.modules():
         if isinstance(part, Attention):
-            part.fused_attn = fused_attention  # type: ignore[misc]  # final for TorchScript alone
+            part.fused = fused_attention
     return module
 
 
@@ -165,7 +240,12 @@ def new_tensors(spec: LayerSpec, seed: int | Sequence[int]) -> dict[str, npt.NDA
 
 def tensors_of(module: nn.Module) -> dict[str, npt.NDArray[np.float32]]:
     """Returns a copy of a layer's weights, float32, named as `build_module` takes them."""
-    return {name: _numpy(tensor) for name, tensor in module.state_dict().items()}
+    return {name: array_of(tensor) for name, tensor in module.state_dict().items()}
+
+
+def array_of(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Returns a copy of a tensor on any device, float32, in the same shape."""
+    return tensor.detach().to("cpu", torch.float32).numpy().copy()
 
 
 class PathModel(nn.Module):
@@ -246,24 +326,6 @@ def reference_logits(
     return np.concatenate(chunks) if chunks else np.empty((0, classes), dtype=np.float32)
 
 
-def _build_block(spec: LayerSpec) -> nn.Module:
-    config = spec.config
-    width = spec.integer("width")
-    activation = str(config["activation"])
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"found activation {activation!r}, expected one of {sorted(ACTIVATIONS)}")
-    return Block(
-        dim=width,
-        num_heads=spec.integer("heads"),
-        # timm multiplies by the width and rounds down: half a unit more survives that whatever the division rounds to.
-        mlp_ratio=(spec.integer("mlp_width") + 0.5) / width,
-        qkv_bias=bool(config["qkv_bias"]),
-        init_values=1e-5 if config["layer_scale"] else None,
-        act_layer=ACTIVATIONS[activation],
-        norm_layer=functools.partial(LayerNorm, eps=float(config["eps"])),  # type: ignore[arg-type]  # timm asks for a class, any maker will do
-    )
-
-
 _BUILDERS: Mapping[LayerKind, Callable[[LayerSpec], nn.Module]] = {
     LayerKind.PATCH_EMBED: lambda spec: PatchEmbedding(
         spec.integer("width"), spec.integer("patch_size"), bool(spec.config["bias"])
@@ -273,136 +335,7 @@ _BUILDERS: Mapping[LayerKind, Callable[[LayerSpec], nn.Module]] = {
         spec.integer("width"), spec.integer("grid_height"), spec.integer("grid_width")
     ),
     LayerKind.ADAPTER: lambda spec: Adapter(spec.integer("width"), spec.integer("adapter_width"), float(spec.config["eps"])),
-    LayerKind.BLOCK: _build_block,
+    LayerKind.BLOCK: Block,
     LayerKind.NORM: lambda spec: ClassTokenNorm(spec.integer("width"), eps=float(spec.config["eps"])),
     LayerKind.HEAD: lambda spec: nn.Linear(spec.integer("width"), spec.integer("classes")),
 }
-
-
-def decompose(model: nn.Module, image_size: int) -> dict[Position, tuple[LayerSpec, dict[str, npt.NDArray[np.float32]]]]:
-    """Takes a timm Vision Transformer apart into a root's layers, without its head.
-
-    A position embedding without a row for the class token (timm's `no_embed_class`) gets one of zeros, which computes the same.
-
-    Args:
-        model: a VisionTransformer of timm with class token, pre-norm blocks and a final norm.
-        image_size: height and width of the images it was made for, in pixels.
-
-    Returns:
-        Spec and weights by position, in order, from the patch embedding to the final norm.
-
-    Raises:
-        CheckpointError: the model is of an architecture that is not supported; the message names what.
-    """
-    if type(model) is not VisionTransformer:
-        _refuse([f"a model of type {type(model).__name__}"])
-    vit: Any = model
-    _refuse(_odd_patch_parts(vit.patch_embed, image_size))
-    _refuse(_odd_parts(vit))
-    width, patch_size = vit.embed_dim, vit.patch_embed.patch_size[0]
-    patch_bias = vit.patch_embed.proj.bias is not None
-    positions = _numpy(vit.pos_embed)[0]
-    if vit.no_embed_class:
-        positions = np.concatenate([np.zeros((1, width), dtype=np.float32), positions])
-    layers: dict[Position, tuple[LayerSpec, dict[str, npt.NDArray[np.float32]]]] = {
-        PATCH_EMBED: (
-            LayerSpec.of(LayerKind.PATCH_EMBED, width=width, patch_size=patch_size, channels=3, bias=patch_bias),
-            tensors_of(vit.patch_embed),
-        ),
-        CLASS_TOKEN: (LayerSpec.of(LayerKind.CLASS_TOKEN, width=width), {"weight": _numpy(vit.cls_token).reshape(width)}),
-        POS_EMBED: (position_embedding_spec(width, *vit.patch_embed.grid_size), {"weight": positions}),
-    }
-    for index, block in enumerate(vit.blocks):
-        _refuse(f"{what} in block {index}" for what in _odd_block_parts(block))
-        layers[block_position(index)] = (_block_spec(block), tensors_of(block))
-    layers[NORM] = (LayerSpec.of(LayerKind.NORM, width=width, eps=vit.norm.eps), tensors_of(vit.norm))
-    return layers
-
-
-def _refuse(findings: Iterable[str]) -> None:
-    named = tuple(findings)
-    if named:
-        raise CheckpointError(
-            f"found an architecture with {', '.join(named)}",
-            "a plain Vision Transformer of timm: learned position embedding, class token, pre-norm blocks, final norm",
-            "choose another model, such as 'vit_tiny_patch16_224.augreg_in21k'",
-        )
-
-
-def _odd_patch_parts(embed: Any, image_size: int) -> list[str]:
-    if type(embed) is not PatchEmbed:
-        return [f"a patch embedding of type {type(embed).__name__}"]
-    return _true(
-        (not _is_identity(embed.norm), "a norm in the patch embedding"),
-        (embed.proj.in_channels != 3, f"{embed.proj.in_channels} image channels"),
-        (len(set(embed.patch_size)) > 1, f"patches of {embed.patch_size} pixels"),
-        (embed.img_size != (image_size, image_size), f"an image size of {embed.img_size} instead of {image_size}"),
-    )
-
-
-def _odd_parts(model: Any) -> list[str]:
-    return _true(
-        (not model.has_class_token, "no class token"),
-        (model.reg_token is not None, "register tokens"),
-        (model.pos_embed is None, "no learned position embedding"),
-        (not _is_identity(model.norm_pre), "a norm before the blocks (pre_norm)"),
-        (not _is_layer_norm(model.norm), f"a final norm of type {type(model.norm).__name__}"),
-        (not _is_identity(model.fc_norm), "a norm after pooling (fc_norm)"),
-        (model.global_pool != "token" or model.attn_pool is not None, f"pooling {model.global_pool!r}"),
-    )
-
-
-def _odd_block_parts(block: Any) -> list[str]:
-    if type(block) is not Block:
-        return [f"a block of type {type(block).__name__}"]
-    attention, mlp = block.attn, block.mlp
-    if type(attention) is not Attention or type(mlp) is not Mlp:
-        return [f"{type(attention).__name__} and {type(mlp).__name__}"]
-    norms = (block.norm1, block.norm2)
-    scales = [not _is_identity(scale) for scale in (block.ls1, block.ls2)]
-    return _true(
-        (not all(map(_is_layer_norm, norms)), f"norms of type {type(block.norm1).__name__}"),
-        (len({norm.eps for norm in norms}) > 1, "norms of different eps"),
-        (not (_is_identity(attention.q_norm) and _is_identity(attention.k_norm)), "norms of queries and keys (qk_norm)"),
-        (not (_is_identity(attention.norm) and _is_identity(mlp.norm)), "norms within attention or MLP"),
-        (attention.gate is not None, "gated attention"),
-        (attention.attn_dim != attention.proj.out_features, f"attention of width {attention.attn_dim}"),
-        (attention.proj.bias is None or mlp.fc1.bias is None or mlp.fc2.bias is None, "projections without bias"),
-        (scales[0] != scales[1], "layer scale in one half"),
-        (_activation_name(mlp.act) is None, f"activation {type(mlp.act).__name__}"),
-    )
-
-
-def _block_spec(block: Any) -> LayerSpec:
-    return LayerSpec.of(
-        LayerKind.BLOCK,
-        width=block.mlp.fc1.in_features,
-        heads=block.attn.num_heads,
-        mlp_width=block.mlp.fc1.out_features,
-        eps=block.norm1.eps,
-        qkv_bias=block.attn.qkv.bias is not None,
-        layer_scale=not _is_identity(block.ls1),
-        activation=_activation_name(block.mlp.act) or "",
-    )
-
-
-def _activation_name(module: nn.Module) -> str | None:
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return "gelu_tanh" if isinstance(module, GELUTanh) else "gelu" if isinstance(module, GELU) else None
-
-
-def _is_identity(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity)
-
-
-def _is_layer_norm(module: nn.Module) -> bool:
-    return type(module) in (nn.LayerNorm, LayerNorm)
-
-
-def _true(*findings: tuple[bool, str]) -> list[str]:
-    return [what for found, what in findings if found]
-
-
-def _numpy(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
-    return tensor.detach().to("cpu", torch.float32).numpy().copy()

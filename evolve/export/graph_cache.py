@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import logging
@@ -51,8 +50,7 @@ def cached_model(what: Mapping[str, Any], sources: Iterable[ModuleType], make: C
 
 
 def _key(what: Mapping[str, Any], sources: Iterable[ModuleType]) -> str:
-    timm = importlib.metadata.version("timm")
-    depends = {"what": dict(what), "tools": exporter_version(), "timm": timm, "sources": [_digest(module) for module in sources]}
+    depends = {"what": dict(what), "tools": exporter_version(), "sources": [_digest(module) for module in sources]}
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
 
 

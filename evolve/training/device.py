@@ -44,10 +44,11 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def repeatable(threads: int) -> Iterator[None]:
     """Makes torch compute the same bits every time within the block, with so many CPU threads; afterwards all is as it was."""
     before_threads = torch.get_num_threads()
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     before_fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    # The same as use_deterministic_algorithms(True), which would also import torch's compiler: seconds for what is not used here.
+    torch.set_deterministic_debug_mode("error")
     # Nothing here reads memory it has not written; filling it would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through a module class
     try:
@@ -55,5 +56,5 @@ def repeatable(threads: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before_threads)
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = before_fill  # type: ignore[attr-defined]

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-import timm
 import torch
 
 from evolve.config import TrainingSettings
@@ -128,7 +127,7 @@ class OneByOneTrainer:
     @property
     def identity(self) -> Mapping[str, str]:
         """See Trainer.identity."""
-        return {"device": self._device.type, "torch": torch.__version__, "timm": timm.__version__}
+        return {"device": self._device.type, "torch": torch.__version__}
 
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """See Trainer.train. Yields the children in the order of the plan.

@@ -31,10 +31,11 @@ from evolve.data.letters import Letter, letters_of
 from evolve.errors import SettingsError
 from evolve.layer import LayerSpec, Position, Tensors
 from evolve.root import save_root
+from evolve.timm_models import decompose
 from evolve.training.device import repeatable, resolve_device
 from evolve.training.schedule import cosine
 from evolve.training.whitening import whitening_projection
-from evolve.vit import decompose, scale_image
+from evolve.vit import scale_image
 from munet.preprocessing import resize, to_rgb
 
 

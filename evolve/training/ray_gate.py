@@ -14,7 +14,7 @@ import platform
 import socket
 from typing import Any
 
-_PACKAGES = ("munet", "evolve", "torch", "timm", "numpy")
+_PACKAGES = ("munet", "evolve", "torch", "numpy")
 _OWN = ("munet", "evolve")
 
 

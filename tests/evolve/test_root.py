@@ -18,7 +18,8 @@ from evolve.config import RootSettings
 from evolve.errors import CheckpointError
 from evolve.layer import NORM, PATCH_EMBED, POS_EMBED, LayerKind, LayerSpec, block_position
 from evolve.root import load_root, save_root
-from evolve.vit import build_module, decompose, scale_image
+from evolve.timm_models import decompose
+from evolve.vit import build_module, scale_image
 
 MODEL = "test_vit"  # timm's own small model: width 64, 6 blocks, patches of 16 pixels, images of 160
 

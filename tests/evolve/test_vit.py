@@ -12,7 +12,8 @@ from evolve.hyperparameters import Hyperparameters
 from evolve.layer import CLASS_TOKEN, HEAD, NORM, PATCH_EMBED, POS_EMBED, Layer, LayerKind, LayerSpec, block_position
 from evolve.path import Path, PlacedLayer
 from evolve.specs import adapter_spec, head_spec
-from evolve.vit import PathModel, build_module, decompose, new_tensors, reference_logits, run_layers, scale_image, tensors_of
+from evolve.timm_models import decompose
+from evolve.vit import PathModel, build_module, new_tensors, reference_logits, run_layers, scale_image, tensors_of
 
 
 def timm_model(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:

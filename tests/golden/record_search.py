@@ -42,7 +42,7 @@ HELD = {
 }
 """What holds every library to the same arithmetic on every x86-64 CPU; to be set before the process starts."""
 
-LIBRARIES = ("torch", "timm", "numpy", "pillow", "scikit-learn")
+LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
 """Whose versions the bits depend on."""
 
 QUALITY_TOLERANCE = 0.009
