@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import signal
@@ -28,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _FOLDER in config.stash:
         config.stash[_FOLDER].cleanup()
+
+
+def pytest_collection_finish() -> None:
+    # What all modules have defined stays: without it, a collection of garbage takes a hundredth of the half second.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
