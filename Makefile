@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Processes that tests run in: one more than two cores, as many tests wait for servers.
 JOBS ?= 3
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+WHAT = --constraint constraints.txt --editable '.[dev]'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train bench-scaling format proto clean
@@ -13,12 +15,14 @@ help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The environment is made once, and again when the dependencies change. Its log stays beside it and is shown only if it fails.
-# What is never imported is never compiled: that is most of it.
+# uv installs what pip would in a quarter of the time; where it does not get at the packages, as it does not read all of pip's settings, pip does.
 $(READY): pyproject.toml constraints.txt
-	@echo "preparing the environment in $(VENV) (once; 6 GB, some minutes)"
+	@echo "preparing the environment in $(VENV) (once; 6 GB, a minute or some)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"found Python {sys.version.split()[0]}, expected 3.11 or newer; set PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]' \
+	@{ $(PIP) --constraint constraints.txt uv && \
+	  UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || echo "$$PIP_INDEX_URL")}" \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python $(WHAT) || $(PIP) $(WHAT); } \
 	  > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
