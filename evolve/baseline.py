@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from evolve.closing import ActiveTask
-from evolve.config import NO_PART_OF_THE_RESULT
+from evolve.config import NO_PART_OF_THE_RESULT, with_defaults
 from evolve.errors import SettingsError, TrainerError
 from evolve.generation import ChildPlan, ChildResult, GenerationPlan, Trainer, TrainingLength, plan_root_child
 from evolve.hyperparameters import Group, Hyperparameters, tunables
@@ -157,16 +157,16 @@ class BaselinePlan:
     def to_dict(self) -> dict[str, Any]:
         """Returns what shapes a baseline: searches may differ in all else and be compared with the same one."""
         settings = self.search.to_dict()
-        return {
-            "seed": self.search.seed,
-            "defaults": settings["defaults"],
-            "num_tasks": self.num_tasks,
-            "replicas": self.num_replicas,
-            "intervals": self.intervals,
-            "training": {
-                name: value for name, value in settings["training"].items() if name not in ("intervals", *NO_PART_OF_THE_RESULT)
-            },
-        }
+        return _deciding(
+            {
+                "seed": self.search.seed,
+                "defaults": settings["defaults"],
+                "num_tasks": self.num_tasks,
+                "replicas": self.num_replicas,
+                "intervals": self.intervals,
+                "training": settings["training"],
+            }
+        )
 
 
 class BaselineObserver(Protocol):
@@ -444,8 +444,16 @@ class _Baseline:
         )
 
 
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a baseline without those of training that are no part of its result, or go by another name."""
+    complete = with_defaults(settings)
+    left_out = ("intervals", *NO_PART_OF_THE_RESULT)
+    return {**complete, "training": {name: value for name, value in complete["training"].items() if name not in left_out}}
+
+
 def _check_identity(file: pathlib.Path, begun: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    found = list(differences({name: begun.get(name) for name in identity}, identity))
+    then = {name: _deciding(begun[name]) if name == "settings" else begun.get(name) for name in identity}
+    found = list(differences(then, identity))
     if found:
         written = file if file.exists() else compressed_file(file)
         raise SettingsError(

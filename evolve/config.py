@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import tomllib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import pydantic
@@ -93,6 +95,7 @@ class SearchSettings(Settings):
             its first seed; otherwise the defaults, as published.
         auto_tune: whether every tunable hyperparameter mutates; otherwise, of these, only the number of blocks.
         mutate_blocks: whether the number of blocks mutates.
+        fixed: hyperparameters that never mutate, by name, such as `image_size` for a root that saw images of one size alone.
         scale_factor: below 1 costs paths that add parameters; 1 is off.
         max_seeds: at most so many seeds; by default a quarter of `children_per_task`.
         early_stop: whether a child that cannot beat its parent any more stops before its last interval, see evolve.judgement.
@@ -106,9 +109,19 @@ class SearchSettings(Settings):
     inherit_data: bool = False
     auto_tune: bool = False
     mutate_blocks: bool = True
+    fixed: tuple[str, ...] = ()
     scale_factor: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     max_seeds: PositiveInt | None = None
     early_stop: bool = False
+
+    @pydantic.field_validator("fixed")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = [field.name for field in dataclasses.fields(Hyperparameters)]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no hyperparameter; they are {', '.join(known)}")
+        return names
 
     @property
     def num_generations(self) -> int:
@@ -165,6 +178,13 @@ class TrainingSettings(Settings):
 
 NO_PART_OF_THE_RESULT = ("device", "workers", "executor", "address", "cpus_per_worker", "gpus_per_worker")
 """Settings of training that results do not depend on; of the device, a trainer's identity says which one was really used."""
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns groups of settings as a journal has them, what an earlier version did not have yet at its default."""
+    defaults = {"defaults": DefaultSettings(), "search": SearchSettings(), "training": TrainingSettings()}
+    complete = {group: {**defaults[group].model_dump(mode="json"), **settings[group]} for group in defaults if group in settings}
+    return {**settings, **complete}
 
 
 class AnyTask(Settings):

@@ -6,7 +6,7 @@ Source: muNet (arXiv 2205.10937), section on mutations.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from evolve.hyperparameters import Group, Hyperparameters, Tunable
@@ -21,7 +21,7 @@ class Stepped(NamedTuple):
 
 
 def select_tunables(
-    tunables: Iterable[Tunable], groups: Iterable[Group], *, auto_tune: bool, mutate_blocks: bool
+    tunables: Iterable[Tunable], groups: Iterable[Group], *, auto_tune: bool, mutate_blocks: bool, fixed: Collection[str] = ()
 ) -> tuple[Tunable, ...]:
     """Returns the tunables of these groups that the settings let mutate.
 
@@ -30,12 +30,15 @@ def select_tunables(
         groups: which groups are wanted.
         auto_tune: False leaves only the number of blocks.
         mutate_blocks: whether the number of blocks may mutate.
+        fixed: names of those that may not, whatever else is said.
     """
     wanted = frozenset(groups)
     return tuple(
         tunable
         for tunable in tunables
-        if tunable.group in wanted and (mutate_blocks if tunable.name == "num_blocks" else auto_tune)
+        if tunable.group in wanted
+        and tunable.name not in fixed
+        and (mutate_blocks if tunable.name == "num_blocks" else auto_tune)
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from evolve.closing import ActiveTask
-from evolve.config import NO_PART_OF_THE_RESULT, DefaultSettings, SearchSettings, TrainingSettings
+from evolve.config import NO_PART_OF_THE_RESULT, with_defaults
 from evolve.documents import TaskRecord
 from evolve.errors import DamagedError, DataError, SettingsError
 from evolve.journal import FORMAT, Journal, cut_to_whole, read_journal
@@ -152,18 +152,14 @@ def _identity(
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that shape a search's decisions; those that an earlier version did not have yet are at their defaults."""
+    """Returns the settings that shape a search's decisions."""
     # The number of rounds may grow, it shapes no decision of this one.
     left_out = {"search": ("rounds",), "training": NO_PART_OF_THE_RESULT}
-    defaults = {"defaults": DefaultSettings(), "search": SearchSettings(), "training": TrainingSettings()}
-    complete = {group: {**kind.model_dump(mode="json"), **settings[group]} for group, kind in defaults.items()}
-    return {
-        **settings,
-        **{
-            group: {name: value for name, value in values.items() if name not in left_out.get(group, ())}
-            for group, values in complete.items()
-        },
+    complete = with_defaults(settings)
+    deciding = {
+        group: {name: value for name, value in complete[group].items() if name not in names} for group, names in left_out.items()
     }
+    return {**complete, **deciding}
 
 
 def _check_data(task: ActiveTask, record: TaskRecord | None) -> None:

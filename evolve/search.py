@@ -10,6 +10,7 @@ the journal has are not trained again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -168,15 +169,18 @@ class _Search:
         patch_size = system.root.layer(PATCH_EMBED).spec.integer("patch_size")
         self.reference = reference_parameters(system.root, system.position_embedding(self.defaults.image_size // patch_size))
         every = tunables(max_blocks=system.root.num_blocks, patch_size=patch_size)
-        chosen = {"auto_tune": plan.search.auto_tune, "mutate_blocks": plan.search.mutate_blocks}
-        self.data_tunables = select_tunables(every, [Group.DATA], **chosen)
+        settings = plan.search
+        choose = functools.partial(
+            select_tunables, every, auto_tune=settings.auto_tune, mutate_blocks=settings.mutate_blocks, fixed=settings.fixed
+        )
+        self.data_tunables = choose([Group.DATA])
         self.surroundings = Surroundings(
             task=task.name,
             num_classes=len(task.labels),
             root=system.root,
             frozen=frozenset(self.sharing) | system.root.layer_ids,
             position_embedding=system.position_embedding,
-            tunables=select_tunables(every, [Group.STRUCTURE, Group.OPTIMISER], **chosen),
+            tunables=choose([Group.STRUCTURE, Group.OPTIMISER]),
             mutation_rate=plan.search.mutation_rate,
         )
         self.length = TrainingLength.of(plan.training, task.num_train_images)

@@ -23,6 +23,7 @@ from evolve.store import System
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, tiny_root
+from tests.support.journals import forget_settings
 from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, TinyRoot, easy_data
 
 TASK = ActiveTask("one", tuple("abc"), 100, "f")
@@ -370,6 +371,14 @@ def test_an_altered_journal_is_named(system):
     file.write_text(file.read_text().replace('"quality": 0.', '"quality": 1.'))
     with pytest.raises(DamagedError, match="altered line 2.* a baseline starts over once its file is removed"):
         _run(system)
+
+
+def test_a_baseline_of_a_time_before_a_setting_was_known_has_its_default(system):
+    _run(system)
+    forget_settings(baseline_file(system, FINETUNE, "one"), training="pack_size", defaults="hue")
+    assert _is_finished(system)
+    with pytest.raises(SettingsError, match=r"settings.training.pack_size = 1 then and 2 now"):
+        _is_finished(system, plan=_plan(training={"pack_size": 2}))
 
 
 def test_a_compressed_journal_of_other_settings_is_named_as_it_is(system):

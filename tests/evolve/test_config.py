@@ -108,6 +108,10 @@ def test_relative_paths_of_every_source_start_at_the_file(tmp_path):
         ('[root]\nsource = "timm"\n' + TASKS, "source 'timm' needs model"),
         ('[root]\nsource = "file"\n' + TASKS, "source 'file' needs file"),
         ('[root]\nfile = "a.pth"\n' + TASKS, "use source = 'file'"),
+        (
+            "[search]\nfixed = ['image_sise']\n" + TASKS,
+            "search.fixed: .*'image_sise' is no hyperparameter; they are num_blocks, .*hue",
+        ),
         ("[root\n", "no TOML in .*experiment.toml"),
         ("a = '\xff", "no TOML"),
         ("a = " + "[" * 5000, "no TOML"),

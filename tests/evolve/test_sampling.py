@@ -260,6 +260,11 @@ def test_what_may_be_tuned(auto_tune, mutate_blocks, expected):
     assert {tunable.name for tunable in chosen} == expected
 
 
+def test_what_is_fixed_may_not_be_tuned():
+    chosen = select_tunables(EVERY, list(Group), auto_tune=True, mutate_blocks=True, fixed=("image_size", "num_blocks"))
+    assert {tunable.name for tunable in chosen} == {t.name for t in EVERY} - {"image_size", "num_blocks"}
+
+
 def test_steps_go_up_and_down_evenly():
     ups = downs = 0
     learning_rate = [t for t in EVERY if t.name == "learning_rate"]

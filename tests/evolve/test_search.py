@@ -16,6 +16,7 @@ from evolve.search import SearchPlan, run_rounds
 from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, hash_quality, tiny_root
+from tests.support.journals import forget_settings
 
 
 @pytest.fixture
@@ -202,6 +203,17 @@ def test_data_hyperparameters_have_a_rate_of_mutation_of_their_own(system, rate,
     assert (len(set(_data_of_generations(trainer))) > 1) == moves
     mutations = {mutation for generation in trainer.plans for child in generation.children for mutation in child.mutations}
     assert bool(mutations - {"norm: clone"}) != moves
+
+
+def test_what_is_fixed_keeps_its_default(system):
+    plan = _plan(
+        auto_tune=True, mutation_rate=0.7, children_per_task=24, generation_size=2, fixed=("image_size", "learning_rate")
+    )
+    trainer, _ = _run(system, ["one"], plan)
+    children = [child.hyperparameters for generation in trainer.plans for child in generation.children]
+    assert {(child.image_size, child.learning_rate) for child in children} == {(32, 0.01)}
+    assert len({child.crop_area_min for child in children}) > 1
+    assert len({child.warmup_ratio for child in children}) > 1
 
 
 def test_without_auto_tune_only_the_number_of_blocks_changes(system):
@@ -415,6 +427,16 @@ def test_an_unfinished_search_with_other_settings_is_refused_and_nothing_changes
     with pytest.raises(SettingsError, match=r"begun otherwise: settings.seed = 0 then and 1 now; .*add --restart"):
         _run(system, ["a"], _plan(seed=1))
     assert {file: file.read_bytes() for file in system.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_search_begun_before_a_setting_was_known_goes_on_with_its_default(system):
+    with pytest.raises(Killed):
+        _run(system, ["a"], trainer=MortalTrainer(5))
+    forget_settings(system.folder / "journal" / "a-0001.jsonl", search="fixed", training="pack_size", defaults="hue")
+    with pytest.raises(SettingsError, match=r"settings.search.fixed = \[\] then and \['flip'\] now"):
+        _run(system, ["a"], _plan(fixed=("flip",)))
+    _, observer = _run(system, ["a"])
+    assert observer.opened[0][-1] > 0, "what was trained is taken over"
 
 
 def test_a_journal_of_another_lineage_is_refused(system):
