@@ -149,7 +149,7 @@ class _Folder:
                     target.hardlink_to(file.name)
                     sync_folder(target.parent)
                     return True
-            return target.read_bytes() == data
+            return _is_same(target.read_bytes, data)
 
         return self._write(name, create)
 
@@ -223,8 +223,7 @@ class _Fsspec:
             with contextlib.suppress(FileExistsError):
                 self._system.pipe_file(self._path(name), data, mode="create")
                 return True
-            # It may be what an earlier attempt left, whose answer was lost.
-            return bool(self._system.cat_file(self._path(name)) == data)
+            return _is_same(lambda: bytes(self._system.cat_file(self._path(name))), data)
 
         return self._try(create)
 
@@ -242,6 +241,15 @@ class _Fsspec:
             return isinstance(error, _HOPELESS) or type(error).__name__ in _HOPELESS_NAMES
 
         return _patiently(self.url, action, is_hopeless, **missing)
+
+
+def _is_same(read: Callable[[], bytes], data: bytes) -> bool:
+    """Tells whether what is there already is what was to be written: an earlier attempt may have left it, whose answer was lost."""
+    try:
+        return read() == data
+    except FileNotFoundError:
+        # Another machine's, which has removed it since.
+        return False
 
 
 def _patiently(url: str, action: Callable[[], T], is_hopeless: Callable[[Exception], bool], **missing: T) -> T:

@@ -163,6 +163,23 @@ def test_a_machine_whose_search_was_taken_over_is_told_even_if_its_number_is_fre
         assert [record["type"] for record in read_journal(System.open(url).journals()[0].file)][-1] == "close"
 
 
+def test_what_was_there_a_moment_ago_and_is_gone_was_anothers(any_url, monkeypatch):
+    store = objects.open_objects(any_url)
+    store.prepare()
+
+    def is_there(*_, **__):
+        raise FileExistsError
+
+    assert store.create("journal/1", b"mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "hardlink_to", is_there)
+        if hasattr(store, "_system"):
+            patch.setattr(store._system, "pipe_file", is_there)
+        assert store.create("journal/1", b"mine"), "an earlier attempt's"
+        assert not store.create("journal/1", b"another")
+        assert not store.create("journal/2", b"mine"), "removed before it could be read"
+
+
 def test_two_tasks_published_at_once_start_from_what_was_there(url, here, tmp_path):
     evolve_tasks(url, "a", plan=small_plan(rounds=1))
 

@@ -91,8 +91,17 @@ class TritonRun:
 
     def stub_pid(self, segment: str) -> int:
         """Of the process that runs a segment."""
-        (pid,) = [pid for pid in children(self.triton_pid) if segment in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
-        return pid
+        # One that was unloaded may take a moment to end.
+        wait_until(lambda: len(self._stubs(segment)) == 1)
+        return self._stubs(segment)[0]
+
+    def _stubs(self, segment: str) -> list[int]:
+        found = []
+        for pid in children(self.triton_pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if segment in pathlib.Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(pid)
+        return found
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)

@@ -110,6 +110,8 @@ def test_a_segment_killed_during_an_inference_fails_it_and_comes_back(run: Trito
 
 
 def test_a_killed_triton_is_started_again_where_it_was(run: TritonRun, caller: Caller, builder: RepositoryBuilder) -> None:
+    # What a test before killed may still be on its way back.
+    wait_until(lambda: all(is_right(caller, task) for task in PLANS))
     before, loaded = run.triton_pid, caller.ready()
     stubs = children(before)
     kill(before)
