@@ -124,6 +124,8 @@ class Supervisor:
             self._fleet.known.update(held.models, generation.tasks)
             self._fleet.followed = generation
             self._tidying.run()
+            # Whoever kills Triton before the next look gets it back as it is now.
+            self._loaded = {*self._endpoint.counts(), *self._owed}
 
     def begin(self, generation: Generation, stop: threading.Event) -> None:
         """Loads the first generation. A Triton that ends meanwhile is started again: it may have been killed, or memory was short.
