@@ -11,7 +11,7 @@ Every layer is a function of one tensor, so that any run of neighbouring layers 
     head          row     ->  logits [batch, classes]
 
 Patch embedding, block and norm compute, to the bit, what timm's Vision Transformer computes, whose checkpoints roots come from
-(evolve.timm_models); nothing here imports timm, which takes longer to import than torch. (The final norm works row by row: normalising
+(evolve.timm_models); nothing here imports timm, which takes seconds. (The final norm works row by row: normalising
 the class token's row alone gives the same bits as normalising all rows.) A layer's tensors are named as in its module, as timm names
 them.
 

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 
 from tritonclient.grpc import model_config_pb2
 
@@ -125,7 +125,7 @@ class Supervisor:
             self._fleet.followed = generation
             self._tidying.run()
             # Whoever kills Triton before the next look gets it back as it is now.
-            self._loaded = {*self._endpoint.counts(), *self._owed}
+            self._remember(self._endpoint.counts())
 
     def begin(self, generation: Generation, stop: threading.Event) -> None:
         """Loads the first generation. A Triton that ends meanwhile is started again: it may have been killed, or memory was short.
@@ -219,10 +219,14 @@ class Supervisor:
             if not stop.is_set():
                 self._bring_back(name)
         counts = self._endpoint.counts()
-        self._loaded = {*counts, *self._owed}
+        self._remember(counts)
         for name in sorted(counts):
             if name.startswith("seg-") and not stop.is_set():
                 self._check(name, counts[name].rows)
+
+    def _remember(self, loaded: Iterable[str]) -> None:
+        """Notes what Triton has, and is to have again if it ends."""
+        self._loaded = {*loaded, *self._owed}
 
     def _check(self, name: str, rows: int) -> None:
         before = self._rows.get(name)

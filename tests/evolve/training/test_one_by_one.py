@@ -92,7 +92,7 @@ def test_the_same_plan_gives_the_same_bits_also_in_another_process() -> None:
         f"spec = importlib.util.spec_from_file_location('tests_of_trainer', {__file__!r})\n"
         "module = importlib.util.module_from_spec(spec); sys.modules[spec.name] = module; spec.loader.exec_module(module)\n"
         "print(*[module.digest(result) for result in module.train(module.busy_plan())])\n"
-        # None of them is needed to train, and each takes longer to import than torch.
+        # None of them is needed to train, and each takes seconds to import.
         "assert not {'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules)\n"
     )
     answer = subprocess.run(
