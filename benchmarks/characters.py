@@ -3,9 +3,9 @@
     python -m benchmarks.characters [--smoke] [--work DIR] [--minutes N] [--workers N] [--report-only] [--results benchmarks/results]
 
 Tasks, splits and distortion are those of evolve/recipes/characters.toml; benchmarks/settings/ says how long everything trains. Runs, each
-a `munet-evolve` process of its own: the search (with auto-tune), the same with scale control, full fine-tuning, `freeze:0` to `freeze:3`,
-`adapters:8`, `:32` and `:128`, and tuned baselines. Every seed: both searches, fine-tuning, the best of each other kind and the best
-tuned baselines; the first seed alone: the rest. Whole comparisons come early.
+a `munet-evolve` process of its own: the search (with auto-tune), the further searches that the settings name (such as one with scale
+control), full fine-tuning, `freeze:0` to `freeze:3`, `adapters:8`, `:32` and `:128`, and tuned baselines. Every seed: all searches,
+fine-tuning, the best of each other kind and the best tuned baselines; the first seed alone: the rest. Whole comparisons come early.
 
 It may be stopped at any moment, and `--minutes` stops it cleanly: the same command goes on where it was. What is there by then is reported,
 and what is missing is named. `--workers` runs train at once, each with the threads of the settings; seconds are those of runs beside
@@ -13,9 +13,10 @@ each other.
 
 Q1  mean test accuracy of the search minus that of full fine-tuning, in points, over the seeds that both have; `Q1 others` is the
     least margin over a baseline of another kind, with the default hyperparameters.
-Q2  accounted parameters per task over those of full fine-tuning; `Q2 scaled` with scale control, `Q2 scaled loss` its margin over
+Q2  accounted parameters per task over those of full fine-tuning; `Q2 NAME` those of a further search, `Q2 NAME loss` its margin over
     fine-tuning.
-Q8  mean test accuracy minus that of the best tuned baseline: random search over learning rate, warm-up and augmentation.
+Q8  mean test accuracy minus that of the best tuned baseline: random search over learning rate, warm-up and augmentation; `Q8 NAME` that
+    of a further search.
 
 Q3  when all is there: whether the logits of other tasks changed as the first search published task after task; see
     benchmarks.unchanged.
@@ -37,7 +38,18 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-from benchmarks.comparison import FINETUNE, SCALED, SEARCH, TUNED, Run, TaskOutcome, best_of, figures_of, rows_of, table_of
+from benchmarks.comparison import (
+    FINETUNE,
+    SEARCH,
+    TUNED,
+    Run,
+    TaskOutcome,
+    best_of,
+    figures_of,
+    is_search,
+    rows_of,
+    table_of,
+)
 from benchmarks.reporting import TOP, Report, add_arguments
 from evolve.config import Experiment, Settings, load_settings
 from evolve.journal import child_records, read_journal
@@ -52,7 +64,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "freeze": ("freeze:0", "freeze:1", "freeze:2", "freeze:3"),
     "adapters": ("adapters:8", "adapters:32", "adapters:128"),
 }
-FIRST = (SEARCH, FINETUNE, "freeze:1", "adapters:32", SCALED)
+FIRST = (SEARCH, FINETUNE, "freeze:1", "adapters:32")
 
 
 class BenchmarkSettings(Settings):
@@ -60,21 +72,21 @@ class BenchmarkSettings(Settings):
 
     Attributes:
         seeds: how many, from 0.
-        scale_factor: of the search with scale control.
         tasks: only these; all by default.
         tuned_replicas: draws of a tuned baseline, which share the steps of the search.
         kinds: which baselines beside fine-tuning; all by default.
         search: settings of the search that differ from the recipe's.
         training: settings of training that differ from the recipe's.
+        searches: further searches, each in a system of its own: a name, and what differs from `search`.
     """
 
     seeds: int
-    scale_factor: float
     tuned_replicas: int
     tasks: tuple[str, ...] | None = None
     kinds: tuple[str, ...] = tuple(KINDS)
     search: dict[str, Any]
     training: dict[str, Any]
+    searches: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,25 +120,25 @@ class Benchmark:
         self.rounds = Experiment.model_validate(recipe).search.rounds
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "experiment.json"
-        content = json.dumps([recipe, settings.scale_factor, settings.tuned_replicas], indent=1)
+        content = json.dumps([recipe, settings.searches, settings.tuned_replicas], indent=1)
         if written.exists() and written.read_text() != content:
             raise SystemExit(f"{folder} holds runs of other settings: choose another --work, or remove it")
         written.write_text(content)
 
     def system(self, job: Job) -> pathlib.Path:
         """Returns the folder of a job's system; baselines are kept in that of the search."""
-        return self.folder / f"seed-{job.seed}" / ("scaled" if job.method == SCALED else "search")
+        return self.folder / f"seed-{job.seed}" / (job.method.rpartition(" ")[2] if is_search(job.method) else SEARCH)
 
     def command(self, job: Job) -> list[str]:
         """Writes the experiment of a job and returns the command that runs it or goes on with it."""
-        changes = {"scale_factor": self.settings.scale_factor} if job.method == SCALED else {}
-        experiment = {**self.experiment, "seed": job.seed, "search": {**self.experiment["search"], **changes}}
         system = self.system(job)
+        changes = self.settings.searches.get(system.name, {})
+        experiment = {**self.experiment, "seed": job.seed, "search": {**self.experiment["search"], **changes}}
         system.parent.mkdir(parents=True, exist_ok=True)
         file = system.with_suffix(".toml")
         file.write_text(to_toml(experiment))
         command = [sys.executable, "-m", "evolve.cli"]
-        if job.method in (SEARCH, SCALED):
+        if is_search(job.method):
             return [*command, "run", str(file), "--system", str(system)]
         tune = ["--tune", "--replicas", str(self.settings.tuned_replicas)] if job.method.endswith(TUNED) else []
         return [*command, "baseline", str(file), "--system", str(system), "--method", job.method.removesuffix(TUNED), *tune]
@@ -136,7 +148,7 @@ class Benchmark:
         folder = self.system(job)
         outcomes: Iterator[TaskOutcome] = iter(())
         if System.exists(folder):
-            outcomes = self._searched(folder) if job.method in (SEARCH, SCALED) else self._trained(folder, job)
+            outcomes = self._searched(folder) if is_search(job.method) else self._trained(folder, job)
         return Run(job.method, job.seed, tuple(outcomes), len(self.tasks))
 
     def _searched(self, folder: pathlib.Path) -> Iterator[TaskOutcome]:
@@ -178,10 +190,11 @@ class Benchmark:
         """Returns all jobs that are known by now, in order. Which baselines every seed runs is known when the first seed's are there."""
         kinds = [KINDS[name] for name in self.settings.kinds]
         every = [method for kind in kinds for method in kind]
-        first = [method for method in FIRST if method in (SEARCH, SCALED, FINETUNE) or method in every]
+        searches = [f"{SEARCH} {name}" for name in self.settings.searches]
+        first = [*(method for method in FIRST if method in (SEARCH, FINETUNE) or method in every), *searches]
         later = range(1, self.settings.seeds)
         jobs = [Job(method, 0) for method in first]
-        jobs += [Job(method, seed) for seed in later for method in (SEARCH, FINETUNE, SCALED)]
+        jobs += [Job(method, seed) for seed in later for method in (SEARCH, FINETUNE, *searches)]
         jobs += [Job(FINETUNE + TUNED, 0), *(Job(method, 0) for method in every if method not in first)]
         runs = [self.run_of(job) for job in jobs if job.seed == 0]
         if not all(run.is_complete for run in runs):

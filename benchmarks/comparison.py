@@ -12,9 +12,14 @@ from typing import Any
 
 from benchmarks.reporting import Target, rounded
 
-SEARCH, SCALED, FINETUNE = "search", "search scaled", "finetune"
+SEARCH, FINETUNE = "search", "finetune"
 TUNED = " (tuned)"
 """What the names of tuned baselines end with."""
+
+
+def is_search(method: str) -> bool:
+    """Tells whether a method is the search, or the search with other settings, which has a name of its own behind it."""
+    return method.partition(" ")[0] == SEARCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Run:
     """One method with one seed.
 
     Attributes:
-        method: such as `search`, `search scaled`, `freeze:2` or `freeze:2 tuned`.
+        method: such as `search`, `search scaled`, `freeze:2` or `freeze:2 (tuned)`.
         seed: of the run.
         outcomes: of the tasks that are finished.
         num_tasks: how many there will be.
@@ -174,9 +179,7 @@ def best_of(rows: Iterable[Row], *, tuned: bool, kind: str = "") -> Row | None:
         kind: what its name begins with.
     """
     baselines = [
-        row
-        for row in rows
-        if row.method not in (SEARCH, SCALED) and row.method.endswith(TUNED) == tuned and row.method.startswith(kind)
+        row for row in rows if not is_search(row.method) and row.method.endswith(TUNED) == tuned and row.method.startswith(kind)
     ]
     return max(baselines, key=lambda row: row.runs[0].test_accuracy, default=None)
 
@@ -193,34 +196,35 @@ def figures_of(runs: Iterable[Run]) -> list[Figure]:
     """Returns the figures for which there are complete runs. Points are percentage points of mean test accuracy."""
     rows = rows_of(runs)
     named = {row.method: row for row in rows}
+    search, finetune, rival = named.get(SEARCH), named.get(FINETUNE), best_of(rows, tuned=True)
+    searches = [row for row in rows if is_search(row.method)]
+    others = [row for row in rows if not is_search(row.method) and row.method != FINETUNE and not row.method.endswith(TUNED)]
     figures: list[Figure] = []
-
-    def compare(name: str, above: Row | None, below: Row | None, bound: float) -> None:
-        if above is None or below is None:
-            return
-        points, error, seeds = margin(above, below)
-        with_error = f"standard error {rounded(error)}, " if math.isfinite(error) else ""
-        figures.append(Figure(name, points, Target(">=", bound), f"points above {below.method}; {with_error}seeds {seeds}"))
-
-    search, scaled, finetune = named.get(SEARCH), named.get(SCALED), named.get(FINETUNE)
-    others = [row for row in rows if row.method not in (SEARCH, SCALED, FINETUNE) and not row.method.endswith(TUNED)]
-    compare("Q1", search, finetune, 2.39)
-    if search is not None and others:
-        compare("Q1 others", search, min(others, key=lambda row: margin(search, row)[0]), 0.0)
     if search is not None and finetune is not None:
-        figures.append(Figure("Q2", search.share, Target("<=", 0.53), "accounted parameters a task of full fine-tuning's"))
-    if scaled is not None and finetune is not None:
-        figures.append(Figure("Q2 scaled", scaled.share, Target("<=", 0.25), "accounted parameters a task of full fine-tuning's"))
-    compare("Q2 scaled loss", scaled, finetune, 0.0)
-    rival = best_of(rows, tuned=True)
-    for name, row in (("Q8", search), ("Q8 scaled", scaled)):
-        compare(name, row, rival, 0.0)
-        if row is not None and rival is not None and finetune is not None:
-            share = row.share / rival.share
-            figures.append(
-                Figure(f"{name} parameters", share, Target("<=", 0.3), f"accounted parameters a task of {rival.method}'s")
-            )
+        figures.append(_points("Q1", search, finetune, 2.39))
+    if search is not None and others:
+        figures.append(_points("Q1 others", search, min(others, key=lambda row: margin(search, row)[0]), 0.0))
+    for row in searches if finetune is not None else ():
+        name = row.method.replace(SEARCH, "Q2", 1)
+        figures.append(_parameters(name, row, finetune, 0.53 if row is search else 0.25))
+        if row is not search:
+            figures.append(_points(f"{name} loss", row, finetune, 0.0))
+    for row in searches if rival is not None else ():
+        name = row.method.replace(SEARCH, "Q8", 1)
+        figures.append(_points(name, row, rival, 0.0))
+        if finetune is not None:
+            figures.append(_parameters(f"{name} parameters", row, rival, 0.3))
     return figures
+
+
+def _points(name: str, above: Row, below: Row, bound: float) -> Figure:
+    points, error, seeds = margin(above, below)
+    with_error = f"standard error {rounded(error)}, " if math.isfinite(error) else ""
+    return Figure(name, points, Target(">=", bound), f"points above {below.method}; {with_error}seeds {seeds}")
+
+
+def _parameters(name: str, row: Row, other: Row, bound: float) -> Figure:
+    return Figure(name, row.share / other.share, Target("<=", bound), f"accounted parameters a task of {other.method}'s")
 
 
 def table_of(rows: Sequence[Row]) -> str:

@@ -18,7 +18,6 @@ from tests.support.processes import TOP, environment
 TIMEOUT_SECONDS = 900
 TINY = """
 seeds = 1
-scale_factor = 0.5
 tuned_replicas = 2
 tasks = ["digits"]
 kinds = []
@@ -31,6 +30,8 @@ intervals = 1
 batches_per_interval = 2
 threads = 1
 device = "cpu"
+[searches.scaled]
+scale_factor = 0.5
 """
 
 
@@ -77,7 +78,7 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path):
     Benchmark(settings, tmp_path / "work")
     Benchmark(settings, tmp_path / "work")
     with pytest.raises(SystemExit, match="other settings"):
-        Benchmark(settings.model_copy(update={"scale_factor": 0.9}), tmp_path / "work")
+        Benchmark(settings.model_copy(update={"searches": {"scaled": {"scale_factor": 0.9}}}), tmp_path / "work")
 
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(SETTINGS.glob("characters-*.toml"))])
@@ -95,7 +96,7 @@ def test_settings_change_lengths_alone_and_whole_comparisons_come_first(name, tm
         assert written.root == recipe.root
         assert all(task in recipe.tasks for task in written.tasks)
         assert written.search.auto_tune
-        assert written.search.scale_factor == (settings.scale_factor if job.method == "search scaled" else 1)
+        assert written.search.scale_factor == (0.7 if job.method == "search scaled" else 1)
         assert ("--tune" in command) == job.method.endswith("(tuned)")
     if name != "characters-smoke":
         assert written.tasks == recipe.tasks

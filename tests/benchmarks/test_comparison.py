@@ -20,6 +20,7 @@ RUNS = [
     _run("search", 0, 0.80, 0.90, accounted=40),
     _run("search", 1, 0.82, 0.92, accounted=44),
     _run("search scaled", 0, 0.79, 0.86, accounted=20),
+    _run("search scaled-fixed", 0, 0.83, 0.90, accounted=15),
     _run("finetune", 0, 0.78, 0.86),
     _run("finetune", 1, 0.78, 0.88),
     _run("freeze:1", 0, 0.70, 0.80, accounted=80),
@@ -86,6 +87,12 @@ def test_figures_are_those_of_the_targets() -> None:
     assert figures["Q2"].value == pytest.approx(0.42)
     assert figures["Q2 scaled"].value == pytest.approx(0.20)
     assert figures["Q2 scaled loss"].value == pytest.approx(0.5)
+    # Each further search has figures of its own.
+    assert figures["Q2 scaled-fixed"].value == pytest.approx(0.15)
+    assert figures["Q2 scaled-fixed loss"].value == pytest.approx(4.5)
+    assert figures["Q8 scaled-fixed"].value == pytest.approx(1.5)
+    assert figures["Q8 scaled-fixed parameters"].value == pytest.approx(15 / 60)
+    assert figures["Q8 scaled-fixed"].target.is_met(figures["Q8 scaled-fixed"].value)
     assert figures["Q8"].value == pytest.approx(0.0)
     assert "freeze:2 (tuned)" in figures["Q8"].note
     assert figures["Q8 parameters"].value == pytest.approx(42 / 60)
@@ -96,14 +103,14 @@ def test_figures_are_those_of_the_targets() -> None:
 def test_figures_that_lack_a_run_are_left_out() -> None:
     assert figures_of([]) == []
     assert figures_of([_run("search", 0, 0.8), _run("finetune", 0, 0.7, num_tasks=2)]) == []
-    assert [figure.name for figure in figures_of(RUNS[:4])] == ["Q1", "Q2", "Q2 scaled", "Q2 scaled loss"]
+    assert [figure.name for figure in figures_of([*RUNS[:3], RUNS[4]])] == ["Q1", "Q2", "Q2 scaled", "Q2 scaled loss"]
 
 
 def test_the_table_has_a_line_for_each_method() -> None:
     lines = table_of(rows_of(RUNS)).splitlines()
-    assert len(lines) == 2 + 8
+    assert len(lines) == 2 + 9
     assert lines[2].startswith("| search | 2 | 81.0 | 91.0 | 86.00 | 1.00 | 0.420 | 84 |")
-    assert lines[5].startswith("| freeze:1 | 1 | 70.0 | 80.0 | 75.00 | - | 0.800 |")
+    assert lines[6].startswith("| freeze:1 | 1 | 70.0 | 80.0 | 75.00 | - | 0.800 |")
     assert "no method has a complete run" in table_of([])
 
 
