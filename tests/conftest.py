@@ -56,6 +56,15 @@ def triton(triton_folder: pathlib.Path) -> Iterator[object]:
         os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[pathlib.Path]:
+    """Stands for Python where a test starts many processes, none of which is a test of how it starts."""
+    from tests.support.warm import WarmPython
+
+    with tempfile.TemporaryDirectory(prefix="munet-warm-") as folder, WarmPython(pathlib.Path(folder)) as warm:
+        yield warm.executable
+
+
 @pytest.fixture(scope="module")
 def quick_disk() -> Iterator[None]:
     """Nobody in this process waits until the disk has what was written: only a power cut would tell."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import subprocess
-import sys
 import tomllib
 from typing import Any
 
@@ -42,8 +41,8 @@ def tiny(tmp_path: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def _benchmark(tiny: pathlib.Path, *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.characters", "--settings", str(tiny), "--work", str(tiny.parent / "work")]
+def _benchmark(python: pathlib.Path, tiny: pathlib.Path, *arguments: str) -> list[dict[str, Any]]:
+    command = [str(python), "-m", "benchmarks.characters", "--settings", str(tiny), "--work", str(tiny.parent / "work")]
     done = subprocess.run(
         [*command, *arguments],
         cwd=TOP, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
@@ -54,12 +53,12 @@ def _benchmark(tiny: pathlib.Path, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_it_goes_on_where_it_was_stopped_and_says_what_is_missing(tiny):
-    first = _benchmark(tiny, "--minutes", "0.02")
+def test_it_goes_on_where_it_was_stopped_and_says_what_is_missing(tiny, warm_python):
+    first = _benchmark(warm_python, tiny, "--minutes", "0.02")
     assert first[-2]["partial"] is True
     assert "search, seed 0 (0 of 1 tasks)" in first[-2]["missing"]
     assert first[-1]["summary"] == {}
-    lines = _benchmark(tiny, "--results", str(tiny.parent / "results"), "--hardware", "Some 1 CPU")
+    lines = _benchmark(warm_python, tiny, "--results", str(tiny.parent / "results"), "--hardware", "Some 1 CPU")
     assert {"partial": False, "missing": []} in lines
     runs = {(line["run"], line["seed"]) for line in lines if "run" in line}
     assert runs == {(method, 0) for method in ("search", "search scaled", "finetune", "finetune (tuned)")}
@@ -69,7 +68,7 @@ def test_it_goes_on_where_it_was_stopped_and_says_what_is_missing(tiny):
     (written,) = (tiny.parent / "results").iterdir()
     assert [json.loads(line) for line in written.read_text().splitlines()] == lines
     assert lines[-1]["summary"].pop("Q3")["value"] == 0
-    again = _benchmark(tiny, "--report-only", "--hardware", "Some 1 CPU")
+    again = _benchmark(warm_python, tiny, "--report-only", "--hardware", "Some 1 CPU")
     assert again == [line for line in lines if line.get("figure") != "Q3"]
 
 

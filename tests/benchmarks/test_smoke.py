@@ -7,22 +7,21 @@ import math
 import pathlib
 import re
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from benchmarks.reporting import Ratio, Target
-from tests.support.processes import TOP, environment
+from tests.support.processes import PYTHON, TOP, environment
 
 TIMEOUT_SECONDS = 900
 """Half a minute is enough on a machine of one's own."""
 
 
-def smoke(what: str, results: pathlib.Path) -> list[dict[str, Any]]:
+def smoke(what: str, results: pathlib.Path, python: pathlib.Path = PYTHON) -> list[dict[str, Any]]:
     """Runs a benchmark and returns its lines."""
     command = [
-        sys.executable,
+        str(python),
         "-m",
         f"benchmarks.{what}",
         "--smoke",
@@ -55,8 +54,8 @@ def figures_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_serve(tmp_path):
-    lines = smoke("serve", tmp_path)
+def test_serve(tmp_path, warm_python):
+    lines = smoke("serve", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"S1", "S4", "S5"}
     assert all(0 < figure["value"] < math.inf for figure in figures.values())
@@ -68,8 +67,8 @@ def test_serve(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_search(tmp_path):
-    lines = smoke("search", tmp_path)
+def test_search(tmp_path, warm_python):
+    lines = smoke("search", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"Q6", "Q7"}
     assert 0 < figures["Q7"]["value"] < 1
@@ -104,8 +103,8 @@ def test_kills(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_train(tmp_path):
-    lines = smoke("train", tmp_path)
+def test_train(tmp_path, warm_python):
+    lines = smoke("train", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"T1", "T2", "T3", "T4", "T5"}
     assert figures["T4"]["met"]
@@ -132,8 +131,8 @@ def test_a_ratio_is_taken_within_each_repetition():
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_triton(tmp_path):
-    lines = smoke("triton", tmp_path)
+def test_triton(tmp_path, warm_python):
+    lines = smoke("triton", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"T4"}
     assert 0 < figures["T4"]["value"] < math.inf
@@ -157,8 +156,8 @@ def test_triton(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_early_stop(tmp_path):
-    lines = smoke("early_stop", tmp_path)
+def test_early_stop(tmp_path, warm_python):
+    lines = smoke("early_stop", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"E1", "E2"}
     assert 0 < figures["E1"]["value"] <= 1
@@ -172,8 +171,8 @@ def test_early_stop(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_scaling(tmp_path):
-    lines = smoke("scaling", tmp_path)
+def test_scaling(tmp_path, warm_python):
+    lines = smoke("scaling", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"P1", "P2", "P3", "P4"}
     assert {line["kind"] for line in lines[:-1]} == {"measured", "arithmetic", "simulated"}

@@ -72,13 +72,13 @@ def test_the_pages_are_found() -> None:
     assert set(REPLACEMENTS) <= set(STORIES)
 
 
-def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path) -> None:
+def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path, python: pathlib.Path) -> None:
     text = replace_numbers(_read(page), REPLACEMENTS.get(page, {}), page)
     found = blocks(text, page)
     faults = [f"{block.where}: {fault}" for block in found if (fault := find_fault(block))]
     if faults:
         raise PageError("\n".join(faults))
-    with Stranger(folder, hub_cache) as stranger:
+    with Stranger(folder, hub_cache, python) as stranger:
         if page == "docs/triton.md":
             # It goes on where another page ends, which takes its time.
             publish_first_tasks(folder / "model_repository")
@@ -89,12 +89,12 @@ def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", sorted(STORIES, key=lambda page: -len(_read(page)) * ("```sh" in _read(page))))
 def test_the_blocks_of_a_page_run(
-    page: str, hub_cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    page: str, hub_cache: pathlib.Path, warm_python: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "converted")
-    _walk(page, tmp_path / "stranger", hub_cache)
+    _walk(page, tmp_path / "stranger", hub_cache, warm_python)
 
 
 # What must not slip through
@@ -152,10 +152,10 @@ def test_a_block_that_does_not_work_fails(block: Block, stranger: Stranger) -> N
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory, hub_cache: pathlib.Path) -> Stranger:
+def stranger(tmp_path_factory: pytest.TempPathFactory, hub_cache: pathlib.Path, warm_python: pathlib.Path) -> Stranger:
     folder = tmp_path_factory.mktemp("stranger") / "photographs"
     # Not entered: the servers that it starts end by themselves.
-    return Stranger(folder, hub_cache)
+    return Stranger(folder, hub_cache, warm_python)
 
 
 def test_the_settings_of_a_server_are_settings(stranger: Stranger) -> None:

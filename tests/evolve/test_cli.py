@@ -337,10 +337,10 @@ def test_removing_what_is_not_there_leaves_no_trace(folder, monkeypatch, capsys)
     assert sorted(folder.rglob("*")) == before
 
 
-def _interrupt(command, journal):
+def _interrupt(python, command, journal):
     """Starts a command and ends it by SIGINT once its journal has four packs."""
     with subprocess.Popen(
-        [sys.executable, "-m", "evolve.cli", *map(str, command)],
+        [python, "-m", "evolve.cli", *map(str, command)],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -358,17 +358,17 @@ def _interrupt(command, journal):
     assert "Traceback" not in errors
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder):
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(folder, warm_python):
     file = _write(folder, SETTINGS.replace("children_per_task = 6", "children_per_task = 120") + COLOURS)
     command = ("run", file, "--system", folder / "system")
     journal = folder / "system" / "journal" / "colours-0001.jsonl"
-    _interrupt(command, journal)
+    _interrupt(warm_python, command, journal)
     _write(folder, SETTINGS + COLOURS)
-    other = evolve("run", file, "--system", folder / "system")
+    other = evolve("run", file, "--system", folder / "system", python=warm_python)
     assert other.returncode == 2
     assert "search.children_per_task = 120 then and 6 now" in other.stderr
-    assert evolve("remove", "--system", folder / "system", "--task", "colours").returncode == 0
-    assert evolve("run", file, "--system", folder / "system").returncode == 0
+    assert evolve("remove", "--system", folder / "system", "--task", "colours", python=warm_python).returncode == 0
+    assert evolve("run", file, "--system", folder / "system", python=warm_python).returncode == 0
 
 
 @pytest.mark.parametrize("moment", ["prepare", "run_tasks"])
@@ -509,15 +509,15 @@ def test_a_baseline_needs_a_method(folder, monkeypatch, capsys):
     assert "--method" in capsys.readouterr().err
 
 
-def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder):
+def test_an_interrupted_baseline_says_how_to_go_on_and_goes_on(folder, warm_python):
     settings = SETTINGS.replace("generation_size = 3", "generation_size = 40").replace(
         "children_per_task = 6", "children_per_task = 40"
     )
     file = _write(folder, settings + COLOURS)
     command = ("baseline", file, "--system", folder / "system", "--method", "freeze:2")
     journal = folder / "system" / "baselines" / "freeze-2" / "colours.jsonl"
-    _interrupt(command, journal)
-    result = evolve(*command)
+    _interrupt(warm_python, command, journal)
+    result = evolve(*command, python=warm_python)
     assert result.returncode == 0
     assert "going on after" in result.stdout
     assert journal.read_text().count('"type": "pack"') == 40

@@ -308,10 +308,17 @@ class Stranger:
         output: what shell and Python blocks printed, one entry each.
     """
 
-    def __init__(self, folder: pathlib.Path, hub_cache: pathlib.Path) -> None:
-        """Makes the folder; hub_cache is what `make_hub_cache` wrote."""
+    def __init__(self, folder: pathlib.Path, hub_cache: pathlib.Path, python: pathlib.Path) -> None:
+        """Makes the folder.
+
+        Args:
+            folder: to be made.
+            hub_cache: what `make_hub_cache` wrote.
+            python: what runs munet-evolve and blocks of Python.
+        """
         folder.mkdir()
         self.folder = folder
+        self._python = python
         self.output: list[str] = []
         self._servers: list[subprocess.Popen[bytes]] = []
         self._server, self._admin, self._triton, triton_http = _free_addresses(4)
@@ -321,7 +328,7 @@ class Stranger:
         commands.mkdir()
         values = {"python": sys.executable, "server": self._server, "admin": self._admin, "top": str(TOP)}
         values |= {"triton": self._triton, "triton_http": triton_http}
-        self._shim(commands / "munet-evolve", _SHIM.format(module="evolve.cli", **values))
+        self._shim(commands / "munet-evolve", _SHIM.format(module="evolve.cli", **values | {"python": str(python)}))
         self._shim(commands / "munet-server", _SHIM.format(module="server.cli", **values))
         self._shim(commands / "make", _MAKE_SHIM.format(make="/usr/bin/make", top=shlex.quote(str(TOP))))
         self._shim(commands / "pip", _PIP_SHIM.format(**values))
@@ -385,7 +392,7 @@ class Stranger:
     def _run_python(self, block: Block) -> None:
         text = block.text.replace("127.0.0.1:8500", self._server).replace("127.0.0.1:8501", self._admin)
         text = text.replace("127.0.0.1:8001", self._triton)
-        self._run_process(block, [sys.executable, "-c", text])
+        self._run_process(block, [str(self._python), "-c", text])
 
     def _run_process(self, block: Block, command: Sequence[str]) -> None:
         done = subprocess.run(

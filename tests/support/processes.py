@@ -14,14 +14,19 @@ from typing import Self
 TOP = pathlib.Path(__file__).resolve().parents[2]
 
 
-def evolve(*arguments: str | pathlib.Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
+PYTHON = pathlib.Path(sys.executable)
+
+
+def evolve(
+    *arguments: str | pathlib.Path, timeout_seconds: float = 240, python: pathlib.Path = PYTHON
+) -> subprocess.CompletedProcess[str]:
     """Runs munet-evolve to its end."""
-    return _run("evolve.cli", arguments, timeout_seconds)
+    return _run("evolve.cli", arguments, timeout_seconds, python)
 
 
 def server(*arguments: str | pathlib.Path, timeout_seconds: float = 60) -> subprocess.CompletedProcess[str]:
     """Runs a command of munet-server to its end."""
-    return _run("server.cli", arguments, timeout_seconds)
+    return _run("server.cli", arguments, timeout_seconds, PYTHON)
 
 
 def environment() -> dict[str, str]:
@@ -41,8 +46,10 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _run(module: str, arguments: tuple[str | pathlib.Path, ...], timeout_seconds: float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+def _run(
+    module: str, arguments: tuple[str | pathlib.Path, ...], timeout_seconds: float, python: pathlib.Path
+) -> subprocess.CompletedProcess[str]:
+    command = [str(python), "-m", module, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_seconds, check=False)
 
 
