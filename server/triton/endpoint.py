@@ -178,8 +178,8 @@ class Endpoint:
     def infer(self, request: service_pb2.ModelInferRequest, done: Callable[[Any], None]) -> None:
         """Starts an inference, which is neither cancelled nor has a deadline.
 
-        A client that leaves an ensemble with steps side by side takes Triton down with it: at once in 2.51 (of the wheel), now and then in
-        the versions up to spring 2026.
+        Clients that leave take Triton 2.51 (of the wheel) down with them: an ensemble with steps side by side within some thousand calls,
+        anything else now and then. See decision 14.
 
         Args:
             request: what to infer.
