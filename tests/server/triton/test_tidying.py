@@ -35,11 +35,11 @@ class FakeTriton:
         self.num_requests: collections.Counter[str] = collections.Counter()
         self.on_unload: Callable[[], object] = lambda: None
 
-    def models(self, ready: bool) -> frozenset[str]:
+    def loaded(self) -> frozenset[str]:
         return frozenset(self.ready)
 
     def counts(self) -> dict[str, ModelCounts]:
-        return {name: ModelCounts(count, count, count) for name, count in self.num_requests.items()}
+        return {name: ModelCounts(*[self.num_requests[name]] * 3) for name in self.ready}
 
     def config(self, model: str) -> model_config_pb2.ModelConfig:
         if model not in self.ready:
@@ -232,6 +232,24 @@ def test_aliases_of_tasks_that_are_gone_go_at_once_and_nothing_else_does(bench: 
     bench.restart(aliases=True, unload_after_seconds=1000.0)
     follow(bench, current.generation, ["going"])
     assert bench.triton.ready == models(theirs, current) | {"hebrew"}
+
+
+def test_the_alias_of_a_task_that_comes_back_is_loaded_again_whoever_unloaded_it(bench: Bench) -> None:
+    both, one = bench.publish(digits=DIGITS, hebrew=HEBREW), bench.publish(hebrew=HEBREW)
+    bench.restart(aliases=True, unload_after_seconds=1000.0)
+
+    def go_to(held: HeldGeneration) -> None:
+        bench.hold(held)
+        bench.builder.set_current(held.generation.number)
+        follow(bench, held.generation, [])
+
+    go_to(both)
+    assert {"digits", "hebrew"} <= bench.triton.ready
+    bench.triton.ready -= {"digits", "hebrew"}
+    go_to(one)
+    assert "digits" not in bench.triton.ready
+    go_to(both)
+    assert {"digits", "hebrew"} <= bench.triton.ready
 
 
 def test_aliases_are_left_alone_by_who_loads_none(bench: Bench) -> None:
