@@ -33,6 +33,7 @@ class FakeTriton:
         self._root = root
         self.ready: set[str] = set()
         self.num_requests: collections.Counter[str] = collections.Counter()
+        self.num_loads: collections.Counter[str] = collections.Counter()
         self.on_unload: Callable[[], object] = lambda: None
 
     def loaded(self) -> frozenset[str]:
@@ -47,6 +48,7 @@ class FakeTriton:
         return text_format.Parse((self._root / config_path(model)).read_text(), model_config_pb2.ModelConfig())
 
     def load(self, model: str, timeout_seconds: float) -> None:
+        self.num_loads[model] += 1
         self.ready.add(model)
 
     def unload(self, model: str) -> None:
@@ -250,6 +252,12 @@ def test_the_alias_of_a_task_that_comes_back_is_loaded_again_whoever_unloaded_it
     assert "digits" not in bench.triton.ready
     go_to(both)
     assert {"digits", "hebrew"} <= bench.triton.ready
+    go_to(one)
+    assert "digits" not in bench.triton.ready
+    # Somebody's, until the task is back.
+    bench.triton.ready.add("digits")
+    go_to(both)
+    assert bench.triton.num_loads["digits"] == 3
 
 
 def test_aliases_are_left_alone_by_who_loads_none(bench: Bench) -> None:
