@@ -84,8 +84,8 @@ class Engine(Protocol):
     called, the error is `EngineClosedError`. `answer` itself raises nothing of all this: errors are in the future.
 
     **Where Tritons compute** (`server.triton`), less holds in three points. What a Triton has been handed, at most
-    `max_rows_in_flight` rows, runs to its end there though nobody awaits it: a client that cancels an ensemble, or whose deadline passes,
-    crashes Triton 2.51. `statistics` ask the Tritons, for up to a second each; of rehearsals, rows are left out exactly and executions as
+    `max_rows_in_flight` rows, runs to its end there though nobody awaits it: clients that cancel, or whose deadlines pass, crash Triton
+    2.51. `statistics` ask the Tritons, for up to a second each; of rehearsals, rows are left out exactly and executions as
     if each had run alone. And `close` frees nothing at a Triton, where others may need it: what is not needed is unloaded by the server
     that runs next, or by none if Triton ends too.
     """

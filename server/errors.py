@@ -30,14 +30,14 @@
     │   └── MalformedRequestError   bytes that are no request
     ├── DeadlineError               the caller's deadline passed before the answer was there
     ├── OverloadedError             too much waits
-    ├── UnavailableError            the server answers nothing now
+    ├── UnavailableError            the server cannot answer now
     │   └── NoEndpointError         no Triton computes these tasks now
     └── CallError                   what a client learns when its call fails
         ├── CallRefusedError        the server refused the request (its fault lies in the request)
         │   └── TaskNotFoundError   no such task is served
         ├── CallTimeoutError        the call's deadline passed
         ├── ServerBusyError         too much waits there; try again later
-        ├── ServerUnreachableError  no server answers there, or it is shutting down
+        ├── ServerUnreachableError  no server answers there, or it cannot answer now
         └── ServerFailedError       the server failed; its message carries an id that its log has too
 
 Messages say what was found, what was expected and what to do. Nothing here knows of gRPC: `server.front_door.status` holds the one
@@ -416,7 +416,7 @@ class OverloadedError(ServerError):
 
 
 class UnavailableError(ServerError):
-    """The server answers nothing now.
+    """The server cannot answer now: anything, or what is asked.
 
     Attributes:
         reason: why.
@@ -424,7 +424,9 @@ class UnavailableError(ServerError):
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"this server answers nothing now: found it {reason}, expected it serving; ask another one")
+        super().__init__(
+            f"this server cannot answer this now: found it {reason}, expected it serving; ask again later, or another one"
+        )
 
 
 class NoEndpointError(UnavailableError):
@@ -458,14 +460,16 @@ class CallError(ServerError):
         details: the server's words.
     """
 
-    _advice = ""
-
     def __init__(self, server: str, method: str, status: str, details: str) -> None:
         self.server = server
         self.method = method
         self.status = status
         self.details = details
         super().__init__(f"{method} at {server}: {details} ({status}){self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        return ""
 
 
 class CallRefusedError(CallError):
@@ -485,9 +489,12 @@ class ServerBusyError(CallError):
 
 
 class ServerUnreachableError(CallError):
-    """No server answers there, or it is shutting down."""
+    """No server answers there, or it cannot answer now, and says why."""
 
-    _advice = "; is `munet-server serve` running there?"
+    @property
+    def _advice(self) -> str:
+        # A server's own words say what it expected; a connection's do not.
+        return "" if "expected" in self.details else "; is `munet-server serve` running there?"
 
 
 class ServerFailedError(CallError):

@@ -73,7 +73,7 @@ class Preparation:
             EndpointError: it has another repository.
         """
         self._check_repository()
-        ready = self._endpoint.models(ready=True)
+        ready = self._endpoint.loaded()
         new = self._held.models.difference(model for model in self._known if model in ready)
         with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="triton-load") as threads:
             self._load_segments(threads, sorted(new - self._held.ensembles))

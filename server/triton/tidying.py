@@ -82,6 +82,9 @@ class Tidying:
             return
         self._following = generation
         waited, self._waiting = self._waiting, {}
+        loaded = self._endpoint.loaded()
+        # Of a task that was gone meanwhile, or whose alias somebody unloaded, nothing is known.
+        self._aliases = {name: self._aliases[name] for name in self._aliases.keys() & generation.tasks.keys() & loaded}
         for task in generation.tasks.values():
             if self._aliases.get(task.name) != task.ensemble:
                 reason = self._load_alias(task)
@@ -92,10 +95,9 @@ class Tidying:
             _log.info("aliases at Triton %s that wait: %s", self._endpoint.address, "; ".join(self._waiting.values()))
         published = self._published()
         known = self._fleet.known | (published.kept if published else frozenset())
-        for name in (self._endpoint.models(ready=True) & known).difference(generation.tasks):
+        for name in (loaded & known).difference(generation.tasks):
             if not _CONTENT_NAMED.fullmatch(name) and self._is_ours(name):
                 self._try_to_unload(name)
-                self._aliases.pop(name, None)
 
     def _load_alias(self, task: Task) -> str:
         """Loads an alias; returns why it cannot be, if so."""
@@ -115,8 +117,8 @@ class Tidying:
         return ""
 
     def _unload(self) -> None:
-        ready = self._endpoint.models(ready=True)
-        candidates = {name for name in ready - self._fleet.needed() if _CONTENT_NAMED.fullmatch(name)}
+        counts = self._endpoint.counts()
+        candidates = {name for name in counts.keys() - self._fleet.needed() if _CONTENT_NAMED.fullmatch(name)}
         if not candidates:
             self._idle.clear()
             return
@@ -124,13 +126,13 @@ class Tidying:
         if published is None:
             return
         candidates &= published.kept | self._fleet.known
-        idle = self._idle_among(candidates - published.current, self._endpoint.counts())
+        idle = self._idle_among(candidates - published.current, counts)
         ensembles = sorted(name for name in idle if "." in name)
         for name in ensembles:
             self._try_to_unload(name)
         segments = idle.difference(ensembles)
         if segments:
-            left = self._endpoint.models(ready=True).difference(ensembles)
+            left = self._endpoint.loaded().difference(ensembles)
             used = frozenset().union(*(self._segments_of(name) for name in left if not name.startswith("seg-")))
             for name in sorted(segments - used):
                 self._try_to_unload(name)

@@ -278,7 +278,7 @@ class Upkeep:
                 # Segments first: what runs through them cannot answer before they do.
                 order = sorted(faults, key=lambda model: not model.startswith("seg-"))
                 mended = [model for model in order if model not in held or self._repair_model(held[model], model, life)]
-                for model in sorted(held.keys() - self._endpoint.models(ready=True)):
+                for model in sorted(held.keys() - self._endpoint.loaded()):
                     self._endpoint.load(model, self._settings.load_timeout_seconds)
                 self._fleet.mend(member, mended)
         except EndpointGoneError as error:

@@ -168,8 +168,8 @@ class Caller:
             self.stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name=model), timeout=TIMEOUT_SECONDS)
 
     def ready(self) -> set[str]:
-        """Returns the names of the models that answer."""
-        return {model.name for model in self.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True)).models}
+        """Returns the names of the models that answer, those without a folder too."""
+        return set(self.counts())
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Returns rows and executions of each model, as Triton counts them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -207,8 +208,10 @@ def test_the_front_door_says_which_triton_is_wrong(
         with serving(builder.root, engine=told.engine, triton=told.triton) as server, Client(server.address) as client:
             assert client.classify("digits", random_images(1, 8)[0]).generation == two.number
             os.kill(other.pid, signal.SIGKILL)
-            with pytest.raises(ServerUnreachableError, match=f"{other.addresses.grpc} is down: "):
+            with pytest.raises(ServerUnreachableError, match=f"{other.addresses.grpc} is down: ") as caught:
                 client.classify("digits", random_images(1, 8)[0])
+            # It was reached.
+            assert str(caught.value).endswith("ask again later, or another one (UNAVAILABLE)")
             with AdminClient(server.admin_address) as admin:
                 assert [one.state for one in admin.status().endpoints] == ["down"]
             with grpc.insecure_channel(server.address) as channel:
@@ -235,11 +238,14 @@ def test_without_any_triton_it_does_not_start(builder: RepositoryBuilder, two: G
 def test_aliases_follow_for_clients_that_talk_to_triton(builder: RepositoryBuilder, triton: TritonProcess) -> None:
     images = random_images(3, 8)
     told = triton_settings(builder.root, triton, unload_after_seconds=0.0)
-    builder.publish({"changing": DIGITS, "going": GREEK})
+    # What runs through segments that others need does not go with them.
+    builder.publish({"changing": DIGITS, "going": GREEK, "staying": GREEK})
     with serving(builder.root, engine=told.engine, triton=told.triton) as server, Caller(triton.addresses.grpc) as caller:
         wait_until(lambda: {"changing", "going"} <= caller.ready())
         np.testing.assert_allclose(caller.infer("changing", images)["logits"], answer(DIGITS, images), atol=1e-4, rtol=0)
-        builder.publish({"changing": HEBREW})
+        builder.publish({"changing": HEBREW, "staying": GREEK})
+        # As the exporter does.
+        shutil.rmtree(builder.root / "going")
         wait_until(lambda: server.server.reloader.generation.number == builder.newest())
         # Whoever asks meanwhile gets one or the other, whole.
         while True:

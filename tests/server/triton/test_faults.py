@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -349,6 +350,30 @@ def test_what_is_broken_is_refused_and_the_old_generation_goes_on(
         check(engine, third, PLANS | {"hebrew": HEBREW})
 
 
+def test_what_one_triton_refuses_none_answers(
+    builder: RepositoryBuilder, pair: list[TritonProcess], tmp_path: pathlib.Path
+) -> None:
+    first = publish(builder, **PLANS)
+    shutil.copytree(builder.root, tmp_path / "copy")
+    with TritonProcess(environment(), tmp_path / "copy", log=tmp_path / "log") as late:
+        with engine_on(builder, pair[0], late) as engine:
+            engine.load(first)
+            second = publish(builder, **PLANS, new=with_head("late"))
+            with pytest.raises(EndpointError, match=f"Triton at {late.addresses.grpc}: found .* models missing"):
+                engine.load(second)
+            assert [one.generations for one in engine.endpoints()] == [(first.number,)] * 2
+            with Asker(engine, first) as asker:
+                wait_until(lambda: asker.num_answers > 10)
+                assert is_sound(engine, pair[0])
+                assert is_sound(engine, late)
+                shutil.copytree(builder.root, tmp_path / "copy", dirs_exist_ok=True)
+                engine.load(second)
+            assert asker.errors == []
+            assert [one.generations for one in engine.endpoints()] == [(first.number, second.number)] * 2
+            check(engine, second)
+        os.kill(late.pid, signal.SIGKILL)
+
+
 def ready(triton: TritonProcess) -> set[str]:
     with Caller(triton.addresses.grpc) as caller:
         return caller.ready()
@@ -394,6 +419,28 @@ def test_what_a_killed_server_left_is_unloaded_by_the_next(builder: RepositoryBu
         engine.load(second)
         wait_until(lambda: ready(only) == {*second.segments, second.tasks["hebrew"].ensemble, second.ensembles[8]})
         check(engine, second, {"hebrew": HEBREW})
+
+
+def test_what_was_collected_from_the_repository_is_unloaded_all_the_same(
+    builder: RepositoryBuilder, pair: list[TritonProcess]
+) -> None:
+    only = pair[0]
+    first = publish(builder, **PLANS, collected=with_head("collected"))
+    with engine_on(builder, only, unload_after_seconds=0.5) as engine:
+        engine.load(first)
+        second = publish(builder, **PLANS)
+        engine.load(second)
+        gone = {first.tasks["collected"].ensemble, first.ensembles[8], first.tasks["collected"].route[-1]}
+        for name in (*gone, "collected"):
+            shutil.rmtree(builder.root / name)
+        (builder.root / f"generation-{first.number}.json").unlink()
+        # Whoever is slow to follow is answered all the same.
+        logits = engine.answer(Question(first, IMAGES, ("collected",))).result(20)["collected"]
+        assert logits.shape == (len(IMAGES), 3)
+        assert ready(only) >= gone
+        engine.unload(first)
+        wait_until(lambda: ready(only).isdisjoint(gone))
+        check(engine, second)
 
 
 def test_reloads_on_two_tritons_fail_and_tear_no_answer(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
