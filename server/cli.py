@@ -131,7 +131,7 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         front_door = FrontDoor(
             settings,
             InferenceServicer(classifier),
-            OpenInferenceServicer(classifier, engine, health, settings.limits),
+            OpenInferenceServicer(classifier, engine, preprocessor, health, settings.limits),
             AdminServicer(reloader, engine, tritons.endpoints if tritons is not None else tuple),
             health,
             Edge(settings.limits, metrics, STREAM_FAILURES),

@@ -138,6 +138,7 @@ class Edge(grpc.aio.ServerInterceptor):
         error: Exception | None = None
         if self._num_streams >= self._limits.max_requests_in_flight:
             error = OverloadedError("open streams", self._num_streams, self._limits.max_requests_in_flight)
+            self._metrics.count_call(method, status_of(error).name, 0.0)
         else:
             self._num_streams += 1
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,6 +18,7 @@ from server.errors import UnsupportedError
 from server.front_door import tensors
 from server.front_door.edge import Context, deadline_of
 from server.front_door.health import Health
+from server.preprocessing import Preprocessor
 
 # gRPC prescribes the methods' names.
 # ruff: noqa: N802
@@ -45,12 +47,16 @@ class OpenInferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # t
     Args:
         classifier: who answers.
         engine: whose counters are told.
+        preprocessor: whose threads read tensors that come number by number.
         health: says what serves.
         limits: what is accepted.
     """
 
-    def __init__(self, classifier: Classifier, engine: Engine, health: Health, limits: Limits) -> None:
+    def __init__(
+        self, classifier: Classifier, engine: Engine, preprocessor: Preprocessor, health: Health, limits: Limits
+    ) -> None:
         self._classifier = classifier
+        self._preprocessor = preprocessor
         self._engine = engine
         self._health = health
         self._limits = limits
@@ -86,7 +92,7 @@ class OpenInferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # t
         outputs = tensors.to_outputs(request)
         _, task = self._classifier.task(request.model_name, request.model_version)
         if tensors.is_slow(request):
-            images = await asyncio.to_thread(tensors.to_images, request, task, self._limits)
+            images = await self._preprocessor.run(functools.partial(tensors.to_images, request, task, self._limits))
         else:
             images = tensors.to_images(request, task, self._limits)
         top_k = max(output.num_classes for output in outputs)

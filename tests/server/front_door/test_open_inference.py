@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pathlib
 import queue
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -19,9 +20,11 @@ from tritonclient.utils import InferenceServerException
 import munet
 from server.classification import softmax
 from server.client import Client
+from server.triton.process import TritonProcess
 from tests.support.images import encode
-from tests.support.repository import DIGITS, HEBREW, TASKS, RepositoryBuilder, random_images
+from tests.support.repository import DIGITS, HEBREW, SHORT, TASKS, RepositoryBuilder, random_images
 from tests.support.serving import ServerThread, serving, wait_until
+from tests.support.triton import Caller
 
 IMAGES = random_images(5, 8, seed=11)
 PICTURES = [encode(random_images(1, side, seed=side)[0], "PNG") for side in (8, 21, 40)]
@@ -337,7 +340,7 @@ def test_an_empty_stream_ends(stub: service_pb2_grpc.GRPCInferenceServiceStub) -
     assert list(stub.ModelStreamInfer(iter([]), timeout=10)) == []
 
 
-def test_a_stream_goes_on_over_a_reload(tmp_path: Any) -> None:
+def test_a_stream_goes_on_over_a_reload(tmp_path: pathlib.Path) -> None:
     builder = RepositoryBuilder(tmp_path)
     builder.publish({"digits": DIGITS})
     requests: queue.Queue[Any] = queue.Queue()
@@ -355,3 +358,53 @@ def test_a_stream_goes_on_over_a_reload(tmp_path: Any) -> None:
         assert (second.model_version, list(second.outputs[0].shape)) == ("2", [5, 5])
         requests.put(None)
         assert list(answers) == []
+
+
+# Beside a real Triton
+
+
+def _told(address: str) -> list[Any]:
+    """Asks a server of the Open Inference Protocol this and that, and returns what must not depend on who it is."""
+    told: list[Any] = []
+    with tritonclient.grpc.InferenceServerClient(address) as client:
+        metadata = client.get_model_metadata("alike")
+        told += [metadata.versions, metadata.inputs, metadata.outputs[0], client.is_model_ready("unknown")]
+        for classes in (0, 2, 20):
+            asked = [tritonclient.grpc.InferRequestedOutput("logits", class_count=classes)]
+            response = client.infer("alike", pixels(IMAGES), request_id="a", outputs=asked).get_response()
+            told += [response.model_name, response.model_version, response.id, response.outputs, response.raw_output_contents]
+        wrong = random_images(1, 9)
+        for model, version, images, output in (
+            ("alike", "", wrong, "logits"),
+            ("alike", "", IMAGES, "unknown"),
+            ("alike", "999999", IMAGES, "logits"),
+        ):
+            with pytest.raises(InferenceServerException) as caught:
+                client.infer(model, pixels(images), version, [tritonclient.grpc.InferRequestedOutput(output)])
+            told.append(caught.value.status())
+    with grpc.insecure_channel(address) as channel:
+        requests = []
+        for images in (wrong, IMAGES):
+            request = service_pb2.ModelInferRequest(model_name="alike", id="b", raw_input_contents=[images.tobytes()])
+            request.inputs.add(name="image", datatype="UINT8", shape=images.shape)
+            request.outputs.add(name="logits")
+            requests.append(request)
+        for answer in service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(requests)):
+            response = answer.infer_response
+            final = response.parameters.get("triton_final_response")
+            told += [bool(answer.error_message), response.id, response.model_name, response.raw_output_contents, final]
+    return [[*value] if isinstance(value, Sequence) and not isinstance(value, str) else value for value in told]
+
+
+def test_a_triton_answers_the_same_client_alike(triton: TritonProcess, triton_folder: pathlib.Path) -> None:
+    builder = RepositoryBuilder(triton_folder)
+    number = builder.publish({"alike": SHORT})
+    segments = [segment.name for segment in builder.read_manifest(number).segments]
+    with Caller(triton.addresses.grpc) as caller, serving(builder.root) as server:
+        caller.load(*segments, "alike")
+        theirs, ours = _told(triton.addresses.grpc), _told(server.address)
+        caller.unload("alike", *segments)
+    # A Triton calls every generation version 1.
+    assert str(number) in ours[0]
+    ours = [["1"] if value == [str(number)] else "1" if value == str(number) else value for value in ours]
+    assert ours == theirs

@@ -418,7 +418,7 @@ def test_a_cancelled_stream_costs_nothing_more(quiet: ServerThread, caplog: pyte
         assert infer(channel, good())[0] is grpc.StatusCode.OK
         # What had not begun never ran.
         assert max(segment.rows_computed for segment in engine.statistics()) <= 100
-    assert "failed" not in caplog.text
+    assert not caplog.records
 
 
 def test_a_stream_is_read_no_further_than_its_answers_go_out(quiet: ServerThread) -> None:
@@ -465,7 +465,7 @@ def test_messages_and_streams_that_are_too_many_are_refused_and_probes_are_not(b
                 assert list(stream.call) == []
             (answer,) = Stub(channel).ModelStreamInfer(iter([good()]), timeout=10)
             assert not answer.error_message
-        counted = 'munet_calls_total{method="GRPCInferenceService/ModelStreamInfer",status="RESOURCE_EXHAUSTED"} 4.0'
+        counted = 'munet_calls_total{method="GRPCInferenceService/ModelStreamInfer",status="RESOURCE_EXHAUSTED"} 5.0'
         assert counted in scrape(server)
 
 
