@@ -98,7 +98,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self._num_requests = 0
         self._num_bytes = 0
         self._num_streams = 0
-        self._readers: set[asyncio.Task[None]] = set()
+        self._readers: set[asyncio.Task[bool]] = set()
         self._shutting_down = False
 
     def shut_down(self) -> None:
@@ -135,37 +135,37 @@ class Edge(grpc.aio.ServerInterceptor):
 
     async def _stream(self, method: str, behaviour: Behaviour, _: Any, context: Context) -> None:
         """Makes a stream of a method that answers one message."""
-        error: Exception | None = None
+        error: Exception | None
         if self._num_streams >= self._limits.max_requests_in_flight:
             error = OverloadedError("open streams", self._num_streams, self._limits.max_requests_in_flight)
             self._metrics.count_call(method, status_of(error).name, 0.0)
         else:
             self._num_streams += 1
             try:
-                await self._answer_messages(method, behaviour, context)
+                is_whole = await self._answer_messages(method, behaviour, context)
+                error = None if is_whole else UnavailableError("shutting down")
             except Exception as caught:
                 error = caught
             finally:
                 self._num_streams -= 1
-        if error is None and self._shutting_down:
-            error = UnavailableError("shutting down")
         if error is not None:
             failure = _Failure.of(method, error)
             await context.abort(failure.status, failure.words, failure.trailing_metadata)
 
-    async def _answer_messages(self, method: str, behaviour: Behaviour, context: Context) -> None:
-        """Answers a stream's messages until it ends, or until this server does."""
+    async def _answer_messages(self, method: str, behaviour: Behaviour, context: Context) -> bool:
+        """Answers a stream's messages until it ends or this server does, and returns whether it was the stream."""
         answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue()
         room = asyncio.Semaphore(_MAX_OPEN_MESSAGES)
 
-        async def read() -> None:
+        async def read() -> bool:
             try:
                 while not self._shutting_down:
                     await room.acquire()
                     request = await context.read()
                     if request is grpc.aio.EOF:
-                        return
+                        return True
                     answers.put_nowait(group.create_task(self._answer_message(method, behaviour, request, context)))
+                return False
             finally:
                 answers.put_nowait(None)
 
@@ -176,6 +176,7 @@ class Edge(grpc.aio.ServerInterceptor):
             while (answer := await answers.get()) is not None:
                 await context.write(await answer)
                 room.release()
+        return not reader.cancelled() and reader.result()
 
     async def _answer_message(self, method: str, behaviour: Behaviour, request: Any, context: Context) -> Any:
         answer = await self._try(method, behaviour, request, context)

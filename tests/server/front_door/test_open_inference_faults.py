@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 import queue
 import random
+import re
 import struct
 import threading
 import time
@@ -18,7 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from server.config import Limits
 from tests.support.images import bomb, encode
-from tests.support.repository import TASKS, TRAP, RepositoryBuilder, random_images
+from tests.support.repository import DIGITS, TASKS, TRAP, RepositoryBuilder, TaskPlan, random_images
 from tests.support.serving import Brake, ServerThread, serving, wait_until
 
 Request = service_pb2.ModelInferRequest
@@ -220,6 +222,32 @@ def test_bytes_that_are_no_request(channel: grpc.Channel) -> None:
         assert f"expected a {method.name}Request; build it from grpc_service.proto" in caught.value.details()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_at_random(channel: grpc.Channel, seed: int) -> None:
+    chance = random.Random(seed)
+    for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+        stream = channel.stream_stream(
+            f"/inference.GRPCInferenceService/{method.name}",
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+        call = channel.unary_unary(f"/inference.GRPCInferenceService/{method.name}")
+        for _ in range(20):
+            # The tag of a short field of bytes first, so that some do parse.
+            content = bytes([chance.choice([10, 18, 26, 42]), chance.randrange(6)]) + chance.randbytes(chance.randrange(12))
+            if method.client_streaming:
+                (answer,) = stream(iter([content]), timeout=10)
+                assert "found " in answer.error_message
+                continue
+            try:
+                call(content, timeout=10)
+            except grpc.RpcError as error:
+                status, words = error.code(), error.details()
+            else:
+                continue
+            assert status in ALLOWED | {grpc.StatusCode.UNIMPLEMENTED}
+            assert "found " in words or "because " in words
+
+
 def test_bytes_that_are_no_message_do_not_end_a_stream(channel: grpc.Channel) -> None:
     stream = channel.stream_stream(
         "/inference.GRPCInferenceService/ModelStreamInfer",
@@ -414,6 +442,8 @@ def test_a_cancelled_stream_costs_nothing_more(quiet: ServerThread, caplog: pyte
             stream.call.cancel()
             stream.end()
         wait_until(lambda: len(engine._questions) == 0)
+        edge = quiet.server.front_door._edge
+        wait_until(lambda: (edge._num_streams, edge._num_requests, edge._num_bytes, len(edge._readers)) == (0, 0, 0, 0))
         brake.go_on.set()
         assert infer(channel, good())[0] is grpc.StatusCode.OK
         # What had not begun never ran.
@@ -433,6 +463,39 @@ def test_a_stream_is_read_no_further_than_its_answers_go_out(quiet: ServerThread
         assert len(engine._questions) == 32
         brake.go_on.set()
         assert [answer.infer_response.id for answer in stream.call] == [str(index) for index in range(200)]
+
+
+def test_who_never_reads_holds_up_nobody_else(tmp_path: pathlib.Path) -> None:
+    builder = RepositoryBuilder(tmp_path)
+    labels = tuple(f"class {index}" for index in range(20_000))
+    builder.publish({"digits": DIGITS, "many": TaskPlan(("stem:8:a", "block:trunk", "head:many:20000"), labels)})
+    with (
+        serving(builder.root, metrics_listen="127.0.0.1:0") as server,
+        grpc.insecure_channel(server.address) as lazy,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        streams = [Stream(lazy) for _ in range(2)]
+        for stream in streams:
+            stream.send(*[good("many", id=str(index)) for index in range(100)])
+            stream.end()
+        wait_until(lambda: num_answered(server) >= 2 * 32)
+        before = 0
+        while before != (before := num_answered(server)):
+            time.sleep(0.3)
+        # What nobody reads is not computed for ever.
+        assert before < 2 * 100
+        for _ in range(20):
+            assert infer(channel, good())[0] is grpc.StatusCode.OK
+        for stream in streams:
+            assert [answer.infer_response.id for answer in stream.call] == [str(index) for index in range(100)]
+        assert num_answered(server) == 2 * 100
+
+
+def num_answered(server: ServerThread) -> int:
+    """Returns how many messages of streams were answered."""
+    line = r'munet_calls_total{method="GRPCInferenceService/ModelStreamInfer",status="OK"} (.*)'
+    found = re.search(line, scrape(server))
+    return int(float(found[1])) if found else 0
 
 
 def test_messages_and_streams_that_are_too_many_are_refused_and_probes_are_not(builder: RepositoryBuilder) -> None:
@@ -507,14 +570,16 @@ def test_shutdown_answers_what_a_stream_has_sent_and_does_not_wait_for_idle_ones
         except grpc.RpcError as error:
             heard.append((error.code(), error.details()))
 
-    # The channel outlives the server: it is the server that ends the streams.
+    # The channel outlives the server: it is the server that ends the two that stay open.
     with serving(builder.root, grace_seconds=20) as server:
         channel = grpc.insecure_channel(server.address)
-        busy, idle = Stream(channel), Stream(channel)
+        busy, idle, ended = Stream(channel), Stream(channel), Stream(channel)
         brake = Brake(server.server.engine)
         busy.send(good(id="last"))
-        assert brake.entered.wait(5)
-        listeners = [threading.Thread(target=listen, args=(stream,)) for stream in (busy, idle)]
+        ended.send(good(id="last"))
+        ended.end()
+        wait_until(lambda: len(server.server.engine._questions) == 2)
+        listeners = [threading.Thread(target=listen, args=(stream,)) for stream in (busy, idle, ended)]
         for listener in listeners:
             listener.start()
         threading.Timer(0.3, brake.go_on.set).start()
@@ -526,6 +591,6 @@ def test_shutdown_answers_what_a_stream_has_sent_and_does_not_wait_for_idle_ones
         listener.join()
     channel.close()
     ends = [one for one in heard if isinstance(one, tuple)]
-    assert [answer.infer_response.id for answer in heard if not isinstance(answer, tuple)] == ["last"]
+    assert [answer.infer_response.id for answer in heard if not isinstance(answer, tuple)] == ["last"] * 2
     assert [code for code, _ in ends] == [grpc.StatusCode.UNAVAILABLE] * 2
     assert all("found it shutting down" in words for _, words in ends)
