@@ -12,10 +12,14 @@ import numpy.typing as npt
 from munet.names import similar_names
 from server.config import Limits
 from server.engine import Engine, Logits, Question
-from server.errors import LimitError, UnknownTaskError
+from server.errors import ImageRefusedError, LimitError, UnknownTaskError, UnknownVersionError
 from server.generation import Generation, Task
 from server.preprocessing import Preprocessor, SentImage
 from server.reload import Reloader
+from server.task_counts import TaskCounts
+
+SentImages = Sequence[SentImage] | npt.NDArray[np.uint8]
+"""Images one by one, or the pixels that a task's route takes: [images, size, size, 3] uint8, RGB."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +62,9 @@ class Classifier:
         engine: what computes.
         preprocessor: what decodes.
         limits: what is accepted.
+
+    Attributes:
+        counts: what each task was asked.
     """
 
     def __init__(self, reloader: Reloader, engine: Engine, preprocessor: Preprocessor, limits: Limits) -> None:
@@ -65,9 +72,10 @@ class Classifier:
         self._engine = engine
         self._preprocessor = preprocessor
         self._limits = limits
+        self.counts = TaskCounts()
 
     async def classify(
-        self, task_name: str, images: Sequence[SentImage], top_k: int, deadline_seconds: float | None
+        self, task_name: str, images: SentImages, top_k: int, deadline_seconds: float | None, version: str = ""
     ) -> TaskAnswer:
         """Asks one task about one or more images.
 
@@ -76,18 +84,29 @@ class Classifier:
             images: at least one.
             top_k: how many classes to order; 0 means 1, more than there are means all.
             deadline_seconds: when the answer is of no more use, on the clock of `time.monotonic`.
+            version: number of the generation that must answer; empty means whichever serves.
 
         Raises:
-            UnknownTaskError, LimitError, ImageRefusedError: the request cannot be answered as it stands.
+            UnknownTaskError, UnknownVersionError, LimitError, ImageRefusedError: the request cannot be answered as it stands.
             ServerError: whatever `Engine.answer` says, or nothing is served.
         """
-        _check_count("images", len(images), self._limits.max_images, "send the rest in further requests")
+        check_count("images", len(images), self._limits.max_images, "send the rest in further requests")
         with self._reloader.lease() as generation:
-            task = find_task(generation, task_name)
-            (rows,) = await self._preprocessor.to_rows(images, [task.image_size], "images[{index}]")
-            question = Question(generation, rows, (task.name,), deadline_seconds)
-            logits = await asyncio.wrap_future(self._engine.answer(question))
-            return _to_answer(task, generation, logits[task.name], top_k)
+            task = find_task(generation, task_name, version)
+            with self.counts.counted([task.name], len(images)):
+                rows = await self._to_rows(images, task)
+                question = Question(generation, rows, (task.name,), deadline_seconds)
+                logits = await asyncio.wrap_future(self._engine.answer(question))
+                return _to_answer(task, generation, logits[task.name], top_k)
+
+    async def _to_rows(self, images: SentImages, task: Task) -> npt.NDArray[np.uint8]:
+        if isinstance(images, np.ndarray):
+            size = task.image_size
+            if images.shape[1:] != (size, size, 3):
+                raise ImageRefusedError("images", f"found pixels {list(images.shape)}, expected [images, {size}, {size}, 3]")
+            return images
+        (rows,) = await self._preprocessor.to_rows(images, [task.image_size], "images[{index}]")
+        return rows
 
     async def classify_tasks(
         self, image: SentImage, task_names: Sequence[str], top_k: int, deadline_seconds: float | None
@@ -105,7 +124,7 @@ class Classifier:
             ServerError: whatever `Engine.answer` says, or nothing is served.
         """
         if task_names:
-            _check_count("tasks", len(task_names), self._limits.max_tasks, "ask for the rest in further requests")
+            check_count("tasks", len(task_names), self._limits.max_tasks, "ask for the rest in further requests")
         with self._reloader.lease() as generation:
             tasks = [find_task(generation, name) for name in task_names] or list(generation.tasks.values())
             if not tasks:
@@ -114,12 +133,13 @@ class Classifier:
             by_size: dict[int, dict[str, None]] = {}
             for task in tasks:
                 by_size.setdefault(task.image_size, {})[task.name] = None
-            images = await self._preprocessor.to_rows([image], list(by_size), "image")
-            questions = [
-                Question(generation, rows, tuple(names), deadline_seconds)
-                for rows, names in zip(images, by_size.values(), strict=True)
-            ]
-            logits = await self._ask_all(questions)
+            with self.counts.counted({task.name for task in tasks}, 1):
+                images = await self._preprocessor.to_rows([image], list(by_size), "image")
+                questions = [
+                    Question(generation, rows, tuple(names), deadline_seconds)
+                    for rows, names in zip(images, by_size.values(), strict=True)
+                ]
+                logits = await self._ask_all(questions)
             answers = tuple(_to_answer(task, generation, logits[task.name], top_k) for task in tasks)
             return TaskAnswers(generation.number, answers)
 
@@ -137,26 +157,35 @@ class Classifier:
         with self._reloader.lease() as generation:
             return generation.number, list(generation.tasks.values())
 
-    def task(self, name: str) -> tuple[int, Task]:
+    def task(self, name: str, version: str = "") -> tuple[int, Task]:
         """Returns the number of the generation that serves and one of its tasks.
 
         Raises:
             UnknownTaskError: no such task is served.
+            UnknownVersionError: it is, but not of the generation with this number.
         """
         with self._reloader.lease() as generation:
-            return generation.number, find_task(generation, name)
+            return generation.number, find_task(generation, name, version)
 
 
-def find_task(generation: Generation, name: str) -> Task:
+def find_task(generation: Generation, name: str, version: str = "") -> Task:
     """Returns a generation's task by name.
+
+    Args:
+        generation: whose.
+        name: the task's.
+        version: the generation's number, in digits; empty means any.
 
     Raises:
         UnknownTaskError: it has no such task; the error names similar ones.
+        UnknownVersionError: the generation has another number.
     """
     task = generation.tasks.get(name)
     if task is None:
         # Likeness costs time that grows with the name's length, and no task's name is longer than 64.
         raise UnknownTaskError(name, similar_names(name[:64], generation.tasks), len(generation.tasks))
+    if version and version != str(generation.number):
+        raise UnknownVersionError(version, generation.number)
     return task
 
 
@@ -174,7 +203,12 @@ def _to_answer(task: Task, generation: Generation, logits: npt.NDArray[np.float3
     return TaskAnswer(task, generation.number, logits, softmax(logits), order)
 
 
-def _check_count(what: str, found: int, most: int, advice: str) -> None:
+def check_count(what: str, found: int, most: int, advice: str) -> None:
+    """Checks how many of something a request has.
+
+    Raises:
+        LimitError: none, or more than are accepted.
+    """
     if found < 1:
         raise LimitError(what, found, "at least one", f"add {what}")
     if found > most:

@@ -28,7 +28,8 @@ from server.engine import Engine
 from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
 from server.front_door.edge import Edge
 from server.front_door.health import Health
-from server.front_door.server import ADMIN_SERVICE, INFERENCE_SERVICE, FrontDoor
+from server.front_door.open_inference import STREAM_FAILURES, OpenInferenceServicer
+from server.front_door.server import ADMIN_SERVICE, QUESTION_SERVICES, FrontDoor
 from server.front_door.servicers import AdminServicer, InferenceServicer
 from server.generation import Generation
 from server.metrics import Metrics, MetricsEndpoint
@@ -107,7 +108,7 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         engine = tritons or EmbeddedEngine(settings.engine)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         metrics = Metrics(engine.statistics)
-        health = Health((INFERENCE_SERVICE, ADMIN_SERVICE))
+        health = Health((*QUESTION_SERVICES, ADMIN_SERVICE))
 
         def on_swap(generation: Generation) -> None:
             health.set_serving(generation.tasks)
@@ -130,9 +131,10 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         front_door = FrontDoor(
             settings,
             InferenceServicer(classifier),
+            OpenInferenceServicer(classifier, engine, preprocessor, health, settings.limits),
             AdminServicer(reloader, engine, tritons.endpoints if tritons is not None else tuple),
             health,
-            Edge(settings.limits, metrics),
+            Edge(settings.limits, metrics, STREAM_FAILURES),
         )
         await front_door.start()
         stack.push_async_callback(front_door.stop, settings.drain_seconds, settings.grace_seconds)

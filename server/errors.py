@@ -25,7 +25,10 @@
     │   └── SharedMemoryError       too little shared memory
     ├── RequestError                a request that cannot be answered as it stands
     │   ├── UnknownTaskError        no such task is served
+    │   ├── UnknownVersionError     a task is served, but not of that generation
     │   ├── ImageRefusedError       an image that cannot be used
+    │   ├── InferenceRefusedError   an inference that is not put as the Open Inference Protocol and the task want it
+    │   ├── UnsupportedError        what a protocol has and this server has not
     │   ├── LimitError              more of something than this server accepts
     │   └── MalformedRequestError   bytes that are no request
     ├── DeadlineError               the caller's deadline passed before the answer was there
@@ -342,10 +345,27 @@ class UnknownTaskError(RequestError):
         self.similar = tuple(similar)
         self.num_tasks = num_tasks
         did_you_mean = " or ".join(repr(name) for name in self.similar)
-        advice = f"did you mean {did_you_mean}?" if self.similar else "ListTasks names them"
+        advice = f"did you mean {did_you_mean}?" if self.similar else "ListTasks and RepositoryIndex name them"
         # A name may be megabytes of anything: show its beginning only.
         shown = task if len(task) <= 80 else task[:77] + "..."
         super().__init__(f"task: found {shown!r}, expected one of the {num_tasks} tasks that are served; {advice}")
+
+
+class UnknownVersionError(RequestError):
+    """A task is served, but not of the generation that was asked for.
+
+    Attributes:
+        version: what was asked for.
+        served: number of the generation that serves.
+    """
+
+    def __init__(self, version: str, served: int) -> None:
+        self.version = version
+        self.served = served
+        super().__init__(
+            f"model_version: found {version[:80]!r}, expected none or {str(served)!r}, the number of the generation that serves; "
+            "leave it out to be answered by whichever serves"
+        )
 
 
 class ImageRefusedError(RequestError):
@@ -360,6 +380,40 @@ class ImageRefusedError(RequestError):
         self.where = where
         self.reason = reason
         super().__init__(f"{where}: {reason}")
+
+
+class InferenceRefusedError(RequestError):
+    """An inference that is not put as the Open Inference Protocol and the task want it.
+
+    Attributes:
+        where: which part of the request, such as `inputs[0]`.
+        found: what is there.
+        expected: what should be there.
+        advice: what to do; empty if sending what is expected is all there is to do.
+    """
+
+    def __init__(self, where: str, found: str, expected: str, advice: str = "") -> None:
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        super().__init__(f"{where}: found {found}, expected {expected}" + (f"; {advice}" if advice else ""))
+
+
+class UnsupportedError(RequestError):
+    """What a protocol has and this server has not.
+
+    Attributes:
+        what: what was asked for.
+        reason: why it is not here.
+        advice: what to do instead.
+    """
+
+    def __init__(self, what: str, reason: str, advice: str) -> None:
+        self.what = what
+        self.reason = reason
+        self.advice = advice
+        super().__init__(f"{what}: this server has none, because {reason}; {advice}")
 
 
 class LimitError(RequestError):
@@ -381,11 +435,17 @@ class LimitError(RequestError):
 
 
 class MalformedRequestError(RequestError):
-    """Bytes that are no request."""
+    """Bytes that are no request.
 
-    def __init__(self, expected: str) -> None:
+    Attributes:
+        expected: the message's name.
+        source: where its definition is.
+    """
+
+    def __init__(self, expected: str, source: str = "proto/munet/v1") -> None:
         self.expected = expected
-        super().__init__(f"request: found bytes that do not parse, expected a {expected}; build it from proto/munet/v1")
+        self.source = source
+        super().__init__(f"request: found bytes that do not parse, expected a {expected}; build it from {source}")
 
 
 class DeadlineError(ServerError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ class RawImage:
 
 SentImage = EncodedImage | RawImage
 """An image as a caller sends it."""
+
+Work = TypeVar("Work")
 
 
 class Preprocessor:
@@ -83,6 +86,10 @@ class Preprocessor:
                 # A job that fails after the first one did has nobody left to hear of it.
                 job.add_done_callback(_hear)
         return [np.stack([pixels[index] for pixels in by_image]) for index in range(len(sizes))]
+
+    async def run(self, work: Callable[[], Work]) -> Work:
+        """Runs something else that takes its time in the same threads; never, if the caller is cancelled before it began."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
         """Ends the threads when they have finished what they work on."""

@@ -55,11 +55,20 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._ended = True
         self._notify()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the server answers questions now."""
+        return self._serving and not self._paused
+
+    def is_ready(self, task: str) -> bool:
+        """Whether a task is answered for now."""
+        return self.is_serving and task in self._tasks
+
     def status(self, service: str) -> Any:
         """Returns the status of a service or task."""
         if service not in self._services and service not in self._tasks:
             return _Response.SERVICE_UNKNOWN
-        return _Response.SERVING if self._serving and not self._paused else _Response.NOT_SERVING
+        return _Response.SERVING if self.is_serving else _Response.NOT_SERVING
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
         """Answers the status now; NOT_FOUND for what is not known."""

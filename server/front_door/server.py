@@ -9,17 +9,20 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from tritonclient.grpc import service_pb2_grpc
 
 from munet.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.config import ServerSettings
 from server.errors import SettingsError
 from server.front_door.edge import Edge
 from server.front_door.health import Health
+from server.front_door.open_inference import OPEN_INFERENCE_SERVICE, OpenInferenceServicer
 from server.front_door.servicers import AdminServicer, InferenceServicer
 
 _log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+QUESTION_SERVICES = (INFERENCE_SERVICE, OPEN_INFERENCE_SERVICE)
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
 
@@ -29,16 +32,24 @@ class FrontDoor:
     Args:
         settings: addresses, limits, times.
         inference: answers questions.
+        open_inference: the same in the Open Inference Protocol.
         admin: answers whoever operates the server.
         health: says what serves.
         edge: what every call passes.
     """
 
     def __init__(
-        self, settings: ServerSettings, inference: InferenceServicer, admin: AdminServicer, health: Health, edge: Edge
+        self,
+        settings: ServerSettings,
+        inference: InferenceServicer,
+        open_inference: OpenInferenceServicer,
+        admin: AdminServicer,
+        health: Health,
+        edge: Edge,
     ) -> None:
         self._settings = settings
         self._inference = inference
+        self._open_inference = open_inference
         self._admin = admin
         self._health = health
         self._edge = edge
@@ -54,12 +65,13 @@ class FrontDoor:
         """
         questions = self._new_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, questions)  # type: ignore[no-untyped-call]
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, questions)
         administration = self._new_server()
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, administration)  # type: ignore[no-untyped-call]
-        for server, service in ((questions, INFERENCE_SERVICE), (administration, ADMIN_SERVICE)):
+        for server, services in ((questions, QUESTION_SERVICES), (administration, (ADMIN_SERVICE,))):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflection.enable_server_reflection((service, health_name, reflection.SERVICE_NAME), server)
+            reflection.enable_server_reflection((*services, health_name, reflection.SERVICE_NAME), server)
         self._servers = [questions, administration]
         try:
             self.address = _bind(questions, "listen", self._settings.listen)
@@ -79,8 +91,8 @@ class FrontDoor:
         """
         self._health.stop()
         await asyncio.sleep(drain_seconds)
-        # Calls on open connections are refused in words from here on; gRPC refuses new connections itself.
-        self._edge.shutting_down = True
+        # Calls and messages on open connections are refused in words from here on; gRPC refuses new connections itself.
+        self._edge.shut_down()
         self._health.end_watches()
         await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
 

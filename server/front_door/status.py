@@ -14,12 +14,16 @@ from server.errors import (
     ServerError,
     UnavailableError,
     UnknownTaskError,
+    UnknownVersionError,
+    UnsupportedError,
 )
 
 # An error has the status of the most special of its classes that stands here. What stands nowhere is INTERNAL: its words are for
 # the log, the caller gets an id.
 STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
     UnknownTaskError: grpc.StatusCode.NOT_FOUND,
+    UnknownVersionError: grpc.StatusCode.NOT_FOUND,
+    UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import pathlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from server.cli import RunningServer, running_server
@@ -86,3 +87,28 @@ class ManualClock:
 
     def __call__(self) -> float:
         return self.now_seconds
+
+
+class Brake:
+    """Holds an engine's sessions until it is let go."""
+
+    def __init__(self, engine: Any) -> None:
+        self.go_on = threading.Event()
+        self.entered = threading.Event()
+        for session in engine._sessions.values():
+            session.run = self._slow(session.run)
+
+    def _slow(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def slow(rows: Any) -> Any:
+            self.entered.set()
+            self.go_on.wait(20)
+            return run(rows)
+
+        return slow
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -160,9 +160,11 @@ def test_reflection(server: ServerThread, address: str) -> None:
     with grpc.insecure_channel(getattr(server, address)) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         services = set(database.get_services())
-        service = "munet.v1.InferenceService" if address == "address" else "munet.v1.AdminService"
-        assert services == {service, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-        assert descriptor_pool.DescriptorPool(database).FindServiceByName(service).methods
+        questions = {"munet.v1.InferenceService", "inference.GRPCInferenceService"}
+        own = questions if address == "address" else {"munet.v1.AdminService"}
+        assert services == own | {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        pool = descriptor_pool.DescriptorPool(database)
+        assert all(pool.FindServiceByName(service).methods for service in own)
 
 
 def test_administration_is_not_on_the_public_address(server: ServerThread) -> None:

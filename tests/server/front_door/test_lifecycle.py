@@ -18,7 +18,7 @@ from server.client import AdminClient, AsyncClient, Client
 from server.config import Limits
 from server.errors import CallRefusedError, CallTimeoutError, ServerBusyError, ServerUnreachableError, SettingsError
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
-from tests.support.serving import ENGINE, serving
+from tests.support.serving import ENGINE, Brake, serving, wait_until
 
 IMAGES = random_images(64, 8, seed=2)
 
@@ -28,24 +28,6 @@ def builder(tmp_path: pathlib.Path) -> RepositoryBuilder:
     builder = RepositoryBuilder(tmp_path / "repository")
     builder.publish()
     return builder
-
-
-class Brake:
-    """Holds an engine's sessions until it is let go."""
-
-    def __init__(self, engine) -> None:
-        self.go_on = threading.Event()
-        self.entered = threading.Event()
-        for session in engine._sessions.values():
-            session.run = self._slow(session.run)
-
-    def _slow(self, run):
-        def slow(rows):
-            self.entered.set()
-            self.go_on.wait(20)
-            return run(rows)
-
-        return slow
 
 
 def test_a_deadline_frees_the_caller_and_the_engine(builder: RepositoryBuilder) -> None:
@@ -63,13 +45,6 @@ def test_a_deadline_frees_the_caller_and_the_engine(builder: RepositoryBuilder) 
         counters = {segment.name: segment.rows_computed for segment in server.server.engine.statistics()}
         assert counters[route[0]] <= 8 + 1
         assert counters[route[1]] == 1
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_cancelled_calls_cost_nothing_and_disturb_nobody(builder: RepositoryBuilder) -> None:
