@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Processes that tests run in: one more than two cores, as many tests wait for servers.
-JOBS ?= 3
+# Processes that tests run in: two more than there are cores, as many tests wait for servers; each needs 1.5 GB.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + 2 : 8)))
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 WHAT = --constraint constraints.txt --editable '.[dev]'
 
