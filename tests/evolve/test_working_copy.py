@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -15,6 +20,7 @@ from evolve.lineage import lineage_hash
 from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, tiny_root
+from tests.support.jobs import Jobs
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 from tests.support.stores import BUCKET, flaky_proxy, machine, s3_server, use_s3
 
@@ -333,6 +339,35 @@ def test_a_store_that_replaces_what_is_there_is_refused(tmp_path, here, monkeypa
         System.create((tmp_path / "store").as_uri(), tiny_root(), 32)
 
 
+def test_a_store_that_refuses_a_clock_that_is_off_says_so_at_once(server, here, monkeypatch):
+    with flaky_proxy(server) as (address, faults):
+        use_s3(monkeypatch, address)
+        faults.is_skewed = True
+        monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("no waiting mends a clock"))
+        with pytest.raises(StoreError, match=r"(Forbidden|is too large).*the clock of this machine"):
+            System.open(f"s3://{BUCKET}/skewed")
+
+
+def test_two_processes_of_a_machine_fetch_each_layer_once(server, here, tmp_path, monkeypatch):
+    """They open a system at the same moment, with a working copy that has nothing yet."""
+    with contextlib.ExitStack() as stack:
+        address, faults = stack.enter_context(flaky_proxy(server))
+        use_s3(monkeypatch, address)
+        jobs = stack.enter_context(Jobs(tmp_path / "errors.txt"))
+        url = f"s3://{BUCKET}/{next(_count)}"
+        system = System.create(url, tiny_root(), 32)
+        faults.seconds = 0.1
+        faults.asked.clear()
+        there = tmp_path / "there"
+        started = [jobs.start(location=url, cache=str(there), task="a", rounds=0) for _ in range(2)]
+        assert [jobs.wait(process) for process in started] == [0, 0], jobs.errors
+        fetched = collections.Counter(path.rpartition("/")[2] for method, path in faults.asked if method == "GET")
+        assert fetched.pop("system.json") == 2
+        layers = {f"{layer}.safetensors" for layer in system.root.layer_ids}
+        assert fetched == dict.fromkeys([*layers, f"{system.root.id}.json"], 1)
+        assert {file.name for file in there.rglob("*.safetensors")} == layers
+
+
 def test_through_a_proxy_that_loses_requests_and_answers_the_search_is_the_same(server, here, tmp_path, monkeypatch):
     expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=PLAN))
     with flaky_proxy(server) as (address, faults):
@@ -367,6 +402,94 @@ def test_a_folder_that_is_not_mounted_for_a_while(tmp_path, here, monkeypatch, c
     assert waits == [1.0, 2.0, 4.0]
     assert f"{store.as_uri()} does not answer (EHOSTDOWN" in caplog.text
     assert lineage_hash(system) == expected
+
+
+def test_a_folder_that_is_not_mounted_when_it_is_looked_at_is_not_taken_for_an_empty_one(tmp_path, here, monkeypatch):
+    store = tmp_path / "mount"
+    evolve_tasks(store.as_uri(), "a", plan=PLAN)
+    with machine(tmp_path / "there"):
+        system = System.open(store.as_uri())
+        looks = (
+            lambda: system.pull() or system.tasks()["a"].rounds == 2,
+            lambda: system._objects.has("tasks/a/2.json"),
+            lambda: system.path_document(system.tasks()["a"].path_id),
+        )
+        waits = []
+
+        def mounted_again(seconds):
+            waits.append(seconds)
+            store.rmdir()
+            (tmp_path / "away").rename(store)
+
+        monkeypatch.setattr(objects.time, "sleep", mounted_again)
+        for number, look in enumerate(looks, start=1):
+            store.rename(tmp_path / "away")
+            store.mkdir()
+            assert look()
+            assert len(waits) == number
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, here, monkeypatch):
+    system = evolve_tasks((tmp_path / "store").as_uri(), "a", plan=PLAN)
+    scans, waits = [], []
+
+    def stale(folder, scandir=objects.os.scandir):
+        scans.append(folder)
+        if len(scans) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(objects.os, "scandir", stale)
+    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    system.pull()
+    assert list(system.tasks()) == ["a"]
+    assert waits == [1.0]
+
+
+def test_a_share_needs_no_locks(tmp_path, here, monkeypatch):
+    """Some have none."""
+    store = tmp_path / "store"
+
+    def flock(descriptor, mode, locked=fcntl.flock):
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        if pathlib.Path(f"/proc/self/fd/{number}").readlink().is_relative_to(store):
+            raise OSError(errno.ENOLCK, "No locks available")
+        locked(descriptor, mode)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert list(evolve_tasks(store.as_uri(), "a", plan=PLAN).tasks()) == ["a"]
+    assert not [file for file in store.rglob(".*") if file.is_file()]
+
+
+def test_a_journal_that_was_taken_out_of_the_store_is_put_there_again(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("nobody has it"))
+    store = tmp_path / "store"
+    with pytest.raises(Killed):
+        evolve_tasks(store.as_uri(), "a", trainer=MortalTrainer(5))
+    shutil.rmtree(store / "journal")
+    trainer = FakeTrainer()
+    system = evolve_tasks(store.as_uri(), "a", trainer=trainer)
+    assert lineage_hash(system) == lineage_hash(evolve_tasks(tmp_path / "folder", "a"))
+    assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 5
+
+
+def test_what_is_listed_and_is_not_there_is_not_looked_for_for_ever(tmp_path, here, monkeypatch):
+    with pytest.raises(Killed):
+        evolve_tasks((tmp_path / "store").as_uri(), "a", trainer=MortalTrainer(5))
+    waits = []
+    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    with machine(tmp_path / "there"):
+        system = System.open((tmp_path / "store").as_uri())
+        names = system._objects.names
+        # As the listing of a share that is late.
+        monkeypatch.setattr(
+            system._objects,
+            "names",
+            lambda folder: [*names(folder), *["journal/a-0001/999.jsonl"][: folder.startswith("journal")]],
+        )
+        with pytest.raises(DamagedError, match=r"found journal/a-0001/999\.jsonl listed in .*, and no such object"):
+            system.journals("a")
+    assert 10 < len(waits) < 1000
 
 
 def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
