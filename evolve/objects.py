@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 from evolve.errors import StoreError
 from munet.files import make_folder, sync_folder
@@ -74,6 +74,10 @@ class Objects(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Returns the names of all objects below a folder."""
+        ...
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Returns the bytes of all objects below a folder by name, and of what killed writers left there, whose names begin with a dot."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
@@ -156,6 +160,14 @@ class _Folder:
             # What begins with a dot is being written, or was when its writer was killed.
             walked = os.walk(self._folder / folder, onerror=_raise)
             return [f"{inner[start:]}/{file}" for inner, _, files in walked for file in files if not file.startswith(".")]
+
+        return self._try(find)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        def find() -> dict[str, int]:
+            self._check_mounted()
+            files = [file for file in (self._folder / folder).rglob("*") if file.is_file()]
+            return {file.relative_to(self._folder).as_posix(): file.stat().st_size for file in files}
 
         return self._try(find)
 
@@ -263,6 +275,10 @@ class _Fsspec:
     def names(self, folder: str) -> list[str]:
         found: list[str] = self._try(lambda: self._system.find(self._path(folder.rstrip("/"))), missing=[])
         return [path[len(self._root) + 1 :] for path in found]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        found: dict[str, Any] = self._try(lambda: self._system.find(self._path(folder.rstrip("/")), detail=True), missing={})
+        return {path[len(self._root) + 1 :]: int(of["size"]) for path, of in found.items()}
 
     def put(self, name: str, data: bytes) -> None:
         self._try(lambda: self._system.pipe_file(self._path(name), data))

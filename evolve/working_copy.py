@@ -38,7 +38,7 @@ from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderE
 from evolve.journal import Journal, Record, free_name_aside
 from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_id
 from evolve.objects import LANDMARK, Objects, open_objects
-from evolve.path import path_id
+from evolve.path import Path, path_id
 from evolve.store import JournalFile, System
 from evolve.user_cache import cache_folder
 from munet.files import sync_folder
@@ -47,6 +47,9 @@ FORMAT = "store-1"
 """Version of the layout described above."""
 
 _NOTE = "working-copy.json"
+
+_COLLECTED = ("layers", "paths", "examples", "tasks", "journal")
+"""Where garbage is; of tasks and journals nothing but what killed writers left."""
 
 _MOST_LOOKS = 100
 _LOOK_SECONDS = 1.0
@@ -135,6 +138,11 @@ class WorkingCopy(System):
             for _, layer in self.path_document(wanted)["layers"]:
                 self._share_file(self._layer_file(layer))
             self._share_file(file)
+
+    def unshared_layers(self, path: Path) -> list[tuple[LayerSpec, Tensors]]:
+        """See System.unshared_layers."""
+        own = [layer for _, layer in path.layers if not self._is_shared(self._layer_file(layer.id))]
+        return [(layer.spec, self.tensors(layer.id)) for layer in own]
 
     def _share_file(self, file: pathlib.Path) -> None:
         if not self._is_shared(file):
@@ -423,13 +431,25 @@ class WorkingCopy(System):
         """See System.written_folders."""
         return [*super().written_folders(), *(self.folder / "tasks").glob("*/")]
 
-    def check_collectable(self) -> None:
-        """See System.check_collectable."""
-        raise SystemFolderError(
-            f"found a system in {self.location}",
-            "one in a folder: no lock keeps other machines from counting on what would be removed",
-            "what nothing refers to costs nothing but room in a store",
-        )
+    def stored_sizes(self, *, alone: bool) -> dict[str, int]:
+        """See System.stored_sizes."""
+        if not alone:
+            raise SystemFolderError(
+                f"found a system in {self.location}",
+                "one in a folder: no lock keeps other machines from counting on what would be removed",
+                "--alone collects it while no other machine is at work on it; what nothing refers to costs nothing but room",
+            )
+        return {name: size for folder in _COLLECTED for name, size in self._objects.sizes(folder).items()}
+
+    def remove_stored(self, names: Sequence[str]) -> None:
+        """See System.remove_stored."""
+        self._objects.remove(names)
+        left = self.stored_sizes(alone=True).keys() & set(names)
+        if left:
+            raise SystemFolderError(
+                f"could not remove {len(left)} of {len(names)} objects in {self.location}, such as {min(left)}",
+                "a store that lets this user delete",
+            )
 
     def findings(self) -> Iterator[str]:
         """See System.findings: the store is read, not the copy here."""

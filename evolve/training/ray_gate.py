@@ -43,40 +43,52 @@ class Gate:
     """A worker on a node, made a Ray actor."""
 
     def __init__(self) -> None:
-        """Nothing is done before `begin`."""
+        """Nothing is done before `greet` and `begin`."""
+        self._system: Any = None
         self._trainer: Any = None
 
-    def begin(self, expected: dict[str, str], arguments: list[Any]) -> dict[str, Any]:
-        """Prepares to work, if this worker is of the same version as its driver.
-
-        Args:
-            expected: what `installed` says where the search runs.
-            arguments: one reference to what evolve.training.ray_trainer.begin takes; within a list, as Ray looks into no list: nothing is
-                fetched, and nothing of muNet needed, before versions have been compared.
+    def greet(self) -> dict[str, Any]:
+        """Says that this worker is there, and of which version.
 
         Returns:
-            `node`, its id; `host`, its name; `process`, this one's id; what `installed` says of it; and if that was as expected either
-            `error`, what kept it from working, or `processor`, what it computes on.
+            `node`, its id; `host`, its name; `process`, this one's id; and what `installed` says of it.
         """
         import ray
 
         # Read when torch loads, as evolve.cli has it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        context = ray.get_runtime_context()
-        found = installed()
-        answer = {"node": context.get_node_id(), "host": socket.gethostname(), "process": os.getpid(), "installed": found}
-        if found == expected:
-            from evolve.training import ray_trainer
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": node, "host": socket.gethostname(), "process": os.getpid(), "installed": installed()}
 
-            begun = ray_trainer.begin(*ray.get(arguments[0]))
-            if isinstance(begun, Exception):
-                answer["error"] = begun
-            else:
-                self._trainer, answer["processor"] = begun
-        return answer
+    def begin(self, arguments: list[Any]) -> str | Exception:
+        """Prepares to work, once this worker has proven to be of the same version as its driver.
 
-    def carry_out(self, order: Any) -> Any:
-        """Trains a pack or examines a path; see evolve.training.spread.carry_out."""
+        Args:
+            arguments: one reference to what evolve.training.ray_trainer.begin takes; within a list, as Ray looks into no list: what
+                goes wrong with it goes wrong here.
+
+        Returns:
+            What it computes on, in words; or the error that kept it from beginning.
+        """
+        import ray
+
+        from evolve.training import ray_trainer
+
+        begun = ray_trainer.begin(*ray.get(arguments[0]))
+        if isinstance(begun, Exception):
+            return begun
+        self._system, self._trainer, processor = begun
+        return str(processor)
+
+    def carry_out(self, order: Any, layers: list[Any]) -> Any:
+        """Trains a pack or examines a path; see evolve.training.spread.carry_out.
+
+        Args:
+            order: what to do.
+            layers: kind and weights of those it needs that are not to be had where the system is.
+        """
         from evolve.training.spread import carry_out
 
+        for spec, tensors in layers:
+            self._system.put_layer(spec, tensors)
         return carry_out(self._trainer, order)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
-from evolve.errors import WorkersDiedError
+from evolve.errors import EvolveError, WorkersDiedError
 from evolve.generation import Trainer
 from evolve.store import Location, System
 from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, carry_out, make_trainer
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _PRELOADED = ("evolve.training.together", "evolve.data.load")
 
-_trainer: Trainer | None = None
-"""A worker's own."""
+_trainer: Trainer | Exception | None = None
+"""A worker's own; or the error that kept it from being made."""
 
 
 class WorkersTrainer(SpreadTrainer):
@@ -118,7 +118,11 @@ def _begin(counter: Synchronized[int], location: Location, data: TaskData, setti
         number = counter.value
         counter.value += 1
     _choose_gpu(number)
-    _trainer = make_trainer(System.open(location), data, settings)
+    try:
+        _trainer = make_trainer(System.open(location), data, settings)
+    except (EvolveError, OSError, RuntimeError) as error:
+        # Raised here, it would be the death of all workers, without a reason.
+        _trainer = error
 
 
 def _end_with_owner() -> None:
@@ -142,4 +146,6 @@ def _choose_gpu(number: int) -> None:
 def _carry_out(order: Order) -> Any:
     if _trainer is None:
         raise RuntimeError("a worker that has not begun")
+    if isinstance(_trainer, Exception):
+        raise _trainer
     return carry_out(_trainer, order)

@@ -10,10 +10,12 @@ import itertools
 import json
 import pathlib
 import shutil
+import subprocess
 
 import pytest
 
 from evolve import objects, working_copy
+from evolve.collecting import Kind, collect
 from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
 from evolve.journal import read_journal
 from evolve.lineage import lineage_hash
@@ -492,6 +494,45 @@ def test_what_is_listed_and_is_not_there_is_not_looked_for_for_ever(tmp_path, he
     assert 10 < len(waits) < 1000
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where mounting is permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("full", ["the disk of the working copy", "the share"])
+def test_a_full_disk_costs_nothing_that_was_finished(tmp_path, small_disk, full):
+    """Room is made again and again, until it is enough."""
+    plan = small_plan(rounds=1)
+    copy, share = (small_disk, tmp_path / "share") if full.endswith("copy") else (tmp_path / "copy", small_disk)
+    filler = [small_disk / f"filler-{number}" for number in range(250)]
+    with contextlib.suppress(OSError):
+        for file in filler:
+            file.write_bytes(bytes(4000))
+    errors = []
+    system = None
+    with machine(copy):
+        while system is None:
+            try:
+                system = evolve_tasks(share.as_uri(), "a", plan)
+            except SystemFolderError as error:
+                errors.append(str(error))
+                for _ in range(len(errors)):
+                    filler.pop().unlink(missing_ok=True)
+        assert lineage_hash(system) == lineage_hash(evolve_tasks(tmp_path / "folder", "a", plan))
+        assert verify(system) == []
+    assert all("No space left on device" in error for error in errors)
+    assert len(errors) > 3
+    with machine(tmp_path / "there"):
+        assert lineage_hash(System.open(share.as_uri())) == lineage_hash(system)
+
+
 def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
     store = tmp_path / "mount" / "store"
     expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
@@ -512,12 +553,69 @@ def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
     assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 3
 
 
-def test_garbage_is_not_collected_where_no_lock_is_seen(tmp_path, here):
-    from evolve.collecting import collect
-
-    system = evolve_tasks((tmp_path / "store").as_uri(), "a", plan=small_plan(rounds=1))
-    with pytest.raises(SystemFolderError, match="no lock keeps other machines"):
+def test_garbage_is_not_collected_where_no_lock_is_seen(url, here):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    with pytest.raises(SystemFolderError, match="no lock keeps other machines.*--alone"):
         collect(system, delete=False)
+
+
+def test_garbage_in_a_store_is_collected_by_who_is_alone(any_url, here, tmp_path):
+    """A machine that knows of nobody's journals; a search of another, which is unfinished, goes on as if nothing had been."""
+    plan = small_plan(rounds=1)
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=plan))
+    evolve_tasks(any_url, "a", plan=plan)
+    with pytest.raises(Killed):
+        evolve_tasks(any_url, "b", plan=plan, trainer=MortalTrainer(5))
+    with machine(tmp_path / "there"):
+        system = System.open(any_url)
+        before = set(system._objects.names(""))
+        would = collect(system, delete=False, alone=True)
+        assert set(system._objects.names("")) == before
+        did = collect(System.open(any_url), delete=True, alone=True)
+        assert did.unfinished == ("journal/b-0001.jsonl",)
+        assert [one.file for one in did.garbage] == [one.file for one in would.garbage]
+        assert {one.kind for one in did.garbage} >= {Kind.PATH, Kind.LAYER}
+        assert set(system._objects.names("")) == before - {str(one.file) for one in did.garbage}
+        assert did.num_bytes > 1000
+        assert collect(System.open(any_url), delete=True, alone=True).garbage == ()
+    system = evolve_tasks(any_url, plan=plan)
+    assert lineage_hash(system) == expected
+    assert verify(system) == []
+    with machine(tmp_path / "third"):
+        assert lineage_hash(System.open(any_url)) == expected
+
+
+def test_what_is_named_while_garbage_is_looked_for_stays(url, here, tmp_path, monkeypatch):
+    """Somebody was at work after all: what was named by the time that journals are read stays."""
+    evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    with machine(tmp_path / "there"):
+        system = System.open(url)
+
+        def names(self, folder, names=objects._Folder.names):
+            monkeypatch.undo()
+            with machine(tmp_path / "third"):
+                evolve_tasks(url, "b", plan=small_plan(rounds=1))
+            return names(self, folder)
+
+        monkeypatch.setattr(objects._Folder, "names", names)
+        assert collect(system, delete=True, alone=True).garbage
+        assert set(system.tasks()) == {"a", "b"}
+        assert verify(System.open(url)) == []
+
+
+def test_what_killed_writers_left_in_a_share_goes_with_its_garbage(url, here, tmp_path):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    left = next((tmp_path / "store" / "layers").glob("*/")) / ".x.safetensors.y.part"
+    left.write_bytes(b"half")
+    assert Kind.UNFINISHED in {one.kind for one in collect(system, delete=True, alone=True).garbage}
+    assert not left.exists()
+
+
+def test_a_store_that_lets_nobody_delete_says_so(url, here, monkeypatch):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    monkeypatch.setattr(objects._Folder, "remove", lambda *_: None)
+    with pytest.raises(SystemFolderError, match=r"could not remove \d+ of \d+ objects in .*lets this user delete"):
+        collect(system, delete=True, alone=True)
 
 
 def test_nothing_in_a_store_is_ever_changed(tmp_path, here, monkeypatch):

@@ -17,12 +17,12 @@ import pytest
 
 from evolve import api
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
-from evolve.errors import WorkersDiedError
+from evolve.errors import SystemFolderError, WorkersDiedError
 from evolve.generation import GenerationPlan, PackResult
 from evolve.lineage import lineage_hash
 from evolve.path import ordered_positions
 from evolve.search import SearchPlan
-from evolve.store import System
+from evolve.store import Location, System
 from evolve.training import workers
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.workers import WorkersTrainer
@@ -39,7 +39,7 @@ PLAN = SearchPlan(
 )
 
 
-def make_system(folder: pathlib.Path) -> System:
+def make_system(folder: Location) -> System:
     root = TinyRoot()
     placed = [(position, root.layers[position]) for position in ordered_positions(NUM_BLOCKS, (), with_head=False)]
     return System.create(folder, {position: (layer.spec, root.stored[layer.id]) for position, layer in placed}, IMAGE_SIZE)
@@ -122,6 +122,14 @@ def test_an_error_of_a_pack_comes_back_as_it_is(system: System) -> None:
     trainer = WorkersTrainer(system, DATA, SETTINGS)
     with pytest.raises(ValueError, match="'other'"):
         list(trainer.train(dataclasses.replace(plan_of(2), task="other")))
+
+
+def test_what_keeps_workers_from_beginning_is_said(system: System) -> None:
+    """As a store that is not reached, or a full disk: it is no death for want of memory."""
+    trainer = WorkersTrainer(system, DATA, SETTINGS.model_copy(update={"workers": 1}))
+    system.folder.rename(system.folder.with_name("elsewhere"))
+    with pytest.raises(SystemFolderError, match="found no system in"):
+        list(trainer.train(plan_of(1)))
 
 
 def test_workers_end_with_the_process_that_started_them(system: System, tmp_path: pathlib.Path) -> None:
