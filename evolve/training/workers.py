@@ -1,7 +1,7 @@
 """A trainer that gives packs to worker processes of this machine, each with a trainer of its own and, if there are several, a GPU.
 
-A worker that dies takes the others with it: all start anew, and what was under way runs again. Workers end with the process that started
-them, however that ends.
+A worker that dies, or meets an error of its GPU, takes the others with it: all start anew, and what was under way runs again. Workers
+end with the process that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -71,10 +71,13 @@ class WorkersTrainer(SpreadTrainer):
                     waiting.remove(futures[future])
                     deaths = 0
                     yield answer
-            except concurrent.futures.process.BrokenProcessPool as error:
+            except RuntimeError as error:
+                # Of a pool whose worker died; or of a GPU: after such an error its process can compute nothing any more.
                 deaths += 1
                 self._dismiss()
                 if deaths == MOST_DEATHS:
+                    if not isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                        raise
                     raise WorkersDiedError(MOST_DEATHS, f"at {self._described(waiting)}") from error
             except BaseException:
                 # Interrupted, or an error of a pack: what still runs is of no use.

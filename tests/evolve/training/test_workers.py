@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,37 @@ def test_an_error_of_a_pack_comes_back_as_it_is(system: System) -> None:
     trainer = WorkersTrainer(system, DATA, SETTINGS)
     with pytest.raises(ValueError, match="'other'"):
         list(trainer.train(dataclasses.replace(plan_of(2), task="other")))
+
+
+class _Sick(list):
+    """Images at which other processes meet an error of their GPU, so many times."""
+
+    def __init__(self, images: Sequence[Any], marks: pathlib.Path, times: int) -> None:
+        super().__init__(images)
+        self.marks, self.times, self.owner = marks, times, os.getpid()
+
+    def __iter__(self) -> Iterator[Any]:
+        number = len(list(self.marks.iterdir()))
+        if os.getpid() != self.owner and number < self.times:
+            (self.marks / str(number)).touch()
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_worker_with_an_error_of_its_gpu_starts_anew_and_what_it_was_at_runs_again(
+    system: System, tmp_path: pathlib.Path, times: int
+) -> None:
+    (tmp_path / "marks").mkdir()
+    images = _Sick(DATA.train.images, tmp_path / "marks", times)
+    data = dataclasses.replace(DATA, train=dataclasses.replace(DATA.train, images=images))
+    trainer = WorkersTrainer(system, data, SETTINGS.model_copy(update={"workers": 1}))
+    if times == 3:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            list(trainer.train(plan_of(2)))
+    else:
+        assert sorted(one.index for pack in trainer.train(plan_of(2)) for one in pack.children) == [0, 1]
+    assert len(list((tmp_path / "marks").iterdir())) == times
 
 
 def test_what_keeps_workers_from_beginning_is_said(system: System) -> None:
