@@ -48,37 +48,37 @@ class Gate:
         self._trainer: Any = None
 
     def greet(self) -> dict[str, Any]:
-        """Says that this worker is there, and of which version.
+        """Says at once that this worker has its place: `node`, its id; `host`, its name; `process`, this one's id."""
+        import ray
+
+        return {"node": ray.get_runtime_context().get_node_id(), "host": socket.gethostname(), "process": os.getpid()}
+
+    def begin(self, expected: dict[str, str], arguments: list[Any]) -> dict[str, Any]:
+        """Prepares to work, if this worker is of the same version as its driver.
+
+        Args:
+            expected: what `installed` says where the search runs.
+            arguments: one reference to what evolve.training.ray_trainer.begin takes; within a list, as Ray looks into no list: nothing is
+                fetched, and nothing of muNet needed, before versions have been compared.
 
         Returns:
-            `node`, its id; `host`, its name; `process`, this one's id; and what `installed` says of it.
+            What `installed` says of it; and if that was as expected either `error`, what kept it from working, or `processor`, what it
+            computes on.
         """
         import ray
 
         # Read when torch loads, as evolve.cli has it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        node = ray.get_runtime_context().get_node_id()
-        return {"node": node, "host": socket.gethostname(), "process": os.getpid(), "installed": installed()}
+        answer: dict[str, Any] = {"installed": installed()}
+        if answer["installed"] == expected:
+            from evolve.training import ray_trainer
 
-    def begin(self, arguments: list[Any]) -> str | Exception:
-        """Prepares to work, once this worker has proven to be of the same version as its driver.
-
-        Args:
-            arguments: one reference to what evolve.training.ray_trainer.begin takes; within a list, as Ray looks into no list: what
-                goes wrong with it goes wrong here.
-
-        Returns:
-            What it computes on, in words; or the error that kept it from beginning.
-        """
-        import ray
-
-        from evolve.training import ray_trainer
-
-        begun = ray_trainer.begin(*ray.get(arguments[0]))
-        if isinstance(begun, Exception):
-            return begun
-        self._system, self._trainer, processor = begun
-        return str(processor)
+            begun = ray_trainer.begin(*ray.get(arguments[0]))
+            if isinstance(begun, Exception):
+                answer["error"] = begun
+            else:
+                self._system, self._trainer, answer["processor"] = begun
+        return answer
 
     def carry_out(self, order: Any, layers: list[Any]) -> Any:
         """Trains a pack or examines a path; see evolve.training.spread.carry_out.

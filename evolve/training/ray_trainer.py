@@ -227,20 +227,18 @@ class RayTrainer(SpreadTrainer):
         worker.future = None
         if worker.node is None:
             worker.node, worker.host, worker.process = said["node"], said["host"], said["process"]
-            refusal = self._refusal(worker, said["installed"])
             worker.since = time.monotonic()
-            if refusal is None:
-                worker.future = worker.actor.begin.remote(self._arguments).future()
-        else:
-            refusal = self._refusal(worker, self._expected, said)
-            worker.is_ready, worker.processor = refusal is None, str(said)
-        if refusal is not None:
-            self._dismiss(worker)
-            if worker.node not in self._refused:
-                self._refused[worker.node] = refusal
-                self._tell(f"warning: no worker on {worker.host}: {refusal}")
-        elif worker.is_ready:
+            worker.future = worker.actor.begin.remote(self._expected, self._arguments).future()
+            return
+        refusal = self._refusal(worker, said)
+        if refusal is None:
+            worker.is_ready, worker.processor = True, said.get("processor", "")
             self._failed_starts = 0
+            return
+        self._dismiss(worker)
+        if worker.node not in self._refused:
+            self._refused[worker.node] = refusal
+            self._tell(f"warning: no worker on {worker.host}: {refusal}")
 
     def _fail_to_start(self, worker: _Worker, reason: str, error: Exception | None = None) -> None:
         """Takes a worker away that will not work.
@@ -254,9 +252,10 @@ class RayTrainer(SpreadTrainer):
         if self._failed_starts >= MOST_DEATHS and not any(other.is_ready for other in self._workers):
             raise WorkersDiedError(MOST_DEATHS, "as they started", reason) from error
 
-    def _refusal(self, worker: _Worker, installed: Mapping[str, str], said: Any = None) -> EvolveError | None:
-        """Returns why a worker cannot work; None if it can, as far as it `said`."""
+    def _refusal(self, worker: _Worker, begun: Mapping[str, Any]) -> EvolveError | None:
+        """Returns why a worker cannot work; None if it can."""
         where = f"on node {worker.host} ({(worker.node or '')[:8]})"
+        installed = begun["installed"]
         if installed != self._expected:
             names = [name for name, version in self._expected.items() if installed.get(name) != version]
             found = ", ".join(f"{name} {installed.get(name)}" for name in names)
@@ -266,10 +265,11 @@ class RayTrainer(SpreadTrainer):
                 f"{expected}, as where the search runs (of muNet's packages, a hash of the source)",
                 "install the same on every node, such as one container image",
             )
-        if isinstance(said, EvolveError):
-            return ClusterError(f"{said.found} {where}", said.expected, said.advice)
-        if isinstance(said, Exception):
-            return ClusterError(f"found {_short(said)} {where}", "a worker that starts")
+        error = begun.get("error")
+        if isinstance(error, EvolveError):
+            return ClusterError(f"{error.found} {where}", error.expected, error.advice)
+        if error is not None:
+            return ClusterError(f"found {_short(error)} {where}", "a worker that starts")
         return None
 
     def _check_hope(self, idle_seconds: float) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import ray.exceptions
 
+from evolve.errors import EvolveError
+
 HANGS = object()
 """What a method answers that never ends."""
 
@@ -67,8 +69,7 @@ class FakeActor:
                 answer = self.ray.answers(self, name, arguments)
                 if isinstance(answer, ray.exceptions.RayError):
                     self.ray.lose(self)
-                # What goes wrong as a worker begins is an answer.
-                if isinstance(answer, ray.exceptions.RayError) or (isinstance(answer, Exception) and name != "begin"):
+                if isinstance(answer, BaseException):
                     with contextlib.suppress(concurrent.futures.InvalidStateError):
                         future.set_exception(answer)
                 elif answer is not HANGS:
@@ -137,8 +138,10 @@ class FakeRay:
         if not actor.is_alive or actor.node not in self.names:
             return ray.exceptions.RayActorError()
         played = self.play(actor, name, arguments)
+        if name == "begin" and (played is None or isinstance(played, EvolveError)):
+            return {"installed": self._installed, **({"processor": "a processor"} if played is None else {"error": played})}
         if played is not None:
             return played
         if name == "greet":
-            return {"node": actor.node, "host": f"host-{actor.node}", "process": actor.number, "installed": self._installed}
-        return "a processor" if name == "begin" else [(actor.number, arguments[0])]
+            return {"node": actor.node, "host": f"host-{actor.node}", "process": actor.number}
+        return [(actor.number, arguments[0])]
