@@ -165,8 +165,10 @@ def test_a_machine_whose_search_was_taken_over_is_told_even_if_its_number_is_fre
         with machine(tmp_path / "there"):
             evolve_tasks(url, "a", plan=small_plan(rounds=1))
 
+    trainer = _Interrupted(1, taken_over)
     with pytest.raises(ConflictError):
-        evolve_tasks(url, "a", plan=small_plan(rounds=1), trainer=_Interrupted(1, taken_over))
+        evolve_tasks(url, "a", plan=small_plan(rounds=1), trainer=trainer)
+    assert trainer._before == -1, "it trained on"
     with machine(tmp_path / "third"):
         assert [record["type"] for record in read_journal(System.open(url).journals()[0].file)][-1] == "close"
 
@@ -585,19 +587,22 @@ def test_garbage_in_a_store_is_collected_by_who_is_alone(any_url, here, tmp_path
         assert lineage_hash(System.open(any_url)) == expected
 
 
-def test_what_is_named_while_garbage_is_looked_for_stays(url, here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("looks", ["sizes", "names"])
+def test_what_is_named_while_garbage_is_looked_for_stays(url, here, tmp_path, monkeypatch, looks):
     """Somebody was at work after all: what was named by the time that journals are read stays."""
     evolve_tasks(url, "a", plan=small_plan(rounds=1))
     with machine(tmp_path / "there"):
         system = System.open(url)
 
-        def names(self, folder, names=objects._Folder.names):
+        look = getattr(objects._Folder, looks)
+
+        def evolved_meanwhile(self, folder):
             monkeypatch.undo()
             with machine(tmp_path / "third"):
                 evolve_tasks(url, "b", plan=small_plan(rounds=1))
-            return names(self, folder)
+            return look(self, folder)
 
-        monkeypatch.setattr(objects._Folder, "names", names)
+        monkeypatch.setattr(objects._Folder, looks, evolved_meanwhile)
         assert collect(system, delete=True, alone=True).garbage
         assert set(system.tasks()) == {"a", "b"}
         assert verify(System.open(url)) == []
