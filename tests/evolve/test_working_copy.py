@@ -563,11 +563,11 @@ def test_garbage_is_not_collected_where_no_lock_is_seen(url, here):
 
 def test_garbage_in_a_store_is_collected_by_who_is_alone(any_url, here, tmp_path):
     """A machine that knows of nobody's journals; a search of another, which is unfinished, goes on as if nothing had been."""
-    plan = small_plan(rounds=1)
+    plan = small_plan(rounds=1, children_per_task=4, generation_size=2)
     expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=plan))
     evolve_tasks(any_url, "a", plan=plan)
     with pytest.raises(Killed):
-        evolve_tasks(any_url, "b", plan=plan, trainer=MortalTrainer(5))
+        evolve_tasks(any_url, "b", plan=plan, trainer=MortalTrainer(3))
     with machine(tmp_path / "there"):
         system = System.open(any_url)
         before = set(system._objects.names(""))

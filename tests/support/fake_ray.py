@@ -83,6 +83,7 @@ class FakeRay:
         exceptions: Ray's own.
         names: of the nodes that live, each with room for one actor.
         actors: all that were asked for.
+        processors: of nodes, where it is no common one.
         play: answers for an actor, a method of the gate and its arguments; None lets it answer as a worker does that is well.
     """
 
@@ -91,6 +92,7 @@ class FakeRay:
         self.cloudpickle = types.SimpleNamespace(register_pickle_by_value=lambda _: None)
         self.names = names
         self.actors: list[FakeActor] = []
+        self.processors: dict[str | None, str] = {}
         self.play: Callable[[FakeActor, str, tuple[Any, ...]], Any] = lambda *_: None
         self._installed = installed
 
@@ -139,7 +141,10 @@ class FakeRay:
             return ray.exceptions.RayActorError()
         played = self.play(actor, name, arguments)
         if name == "begin" and (played is None or isinstance(played, EvolveError)):
-            return {"installed": self._installed, **({"processor": "a processor"} if played is None else {"error": played})}
+            return {
+                "installed": self._installed,
+                **({"processor": self.processors.get(actor.node, "a processor")} if played is None else {"error": played}),
+            }
         if played is not None:
             return played
         if name == "greet":

@@ -106,6 +106,19 @@ def test_workers_that_always_die_are_an_error_in_any_phase(stage: Any, method: s
         played.children(4)
 
 
+def test_who_works_and_where_is_told_and_that_unlike_processors_round_differently(stage: Any) -> None:
+    played = stage("one", "two")
+    assert sorted(played.children(8)) == list(range(8))
+    assert played.told[-1] == "2 workers on 2 nodes: a processor"
+    played = stage("one", "two")
+    played.ray.processors["two"] = "another"
+    played.children(8)
+    assert played.told[-2:] == [
+        "2 workers on 2 nodes: a processor, another",
+        "warning: unlike processors round differently: the search may end otherwise when it runs again",
+    ]
+
+
 def test_starts_that_failed_are_tried_again_with_the_next_generation(stage: Any) -> None:
     played = stage("one", "two")
     played.ray.play = lambda actor, name, _: ray.exceptions.RayActorError() if (name == "begin" and actor.node == "two") else None
