@@ -150,7 +150,7 @@ def test_a_worker_with_an_error_of_its_gpu_starts_anew_and_what_it_was_at_runs_a
     trainer = WorkersTrainer(system, data, SETTINGS.model_copy(update={"workers": 1}))
     if times == 3:
         with pytest.raises(RuntimeError, match="CUDA error"):
-            list(trainer.train(plan_of(2)))
+            list(trainer.train(plan_of(1)))
     else:
         assert sorted(one.index for pack in trainer.train(plan_of(2)) for one in pack.children) == [0, 1]
     assert len(list((tmp_path / "marks").iterdir())) == times
