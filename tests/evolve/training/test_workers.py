@@ -156,6 +156,22 @@ def test_a_worker_with_an_error_of_its_gpu_starts_anew_and_what_it_was_at_runs_a
     assert len(list((tmp_path / "marks").iterdir())) == times
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1", "0"]), ("3,5", ["3", "5", "3"])])
+def test_each_worker_has_a_gpu_of_its_own_as_far_as_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = []
+    for number in range(3):
+        with monkeypatch.context() as patch:
+            patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            if visible is not None:
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            workers._choose_gpu(number)
+            found.append(os.environ.pop("CUDA_VISIBLE_DEVICES"))
+    assert found == expected
+
+
 def test_what_keeps_workers_from_beginning_is_said(system: System) -> None:
     """As a store that is not reached, or a full disk: it is no death for want of memory."""
     trainer = WorkersTrainer(system, DATA, SETTINGS.model_copy(update={"workers": 1}))
