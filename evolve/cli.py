@@ -316,11 +316,15 @@ def remove(
 def gc(
     system: SystemLocation,
     delete: Annotated[bool, typer.Option("--delete", help="Do it; without, nothing is changed.")] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Of a system in a store: no other machine is at work on it; no lock would tell.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove what nothing refers to any more and compress the journals of closed searches; says what and how many bytes.
 
-    Safe at any moment, also beside running searches. Whatever an unfinished search needs to go on stays.
+    Safe at any moment, also beside running searches. Whatever an unfinished search needs to go on stays. A system in a store is collected
+    only with --alone, and only safe while no other machine is at work on it.
 
     To be free of a search that nobody will finish, `munet-evolve remove` its task or start it over with `run --restart`.
     """
@@ -329,7 +333,7 @@ def gc(
         typer.echo("waiting until others have stored or published what they are at", err=True)
 
     opened = System.open(system)
-    collection = collect(opened, delete=delete, waits=say_that_it_waits)
+    collection = collect(opened, delete=delete, alone=alone, waits=say_that_it_waits)
     for sentence in collection.left:
         typer.echo(f"warning: left as it is: {sentence}", err=True)
     if as_json:

@@ -6,6 +6,9 @@ whatever an unfinished journal names, of a search (its snapshot, its survivors) 
 It is safe at any moment. Whoever writes layers, or looks at the system, holds System.storing or System.reading from there until a journal
 or a task's record names them, or the work with them is done; this holds System.collecting, which waits for them and keeps them out.
 Paths go before their layers, so that a kill leaves garbage, never a path without its layers.
+
+In a store (evolve.working_copy) that others share no lock tells of them: there it is done only for whoever knows that no other machine is
+at work. What is there is listed before journals and records are read, so that what others had named by then stays even so.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import dataclasses
 import enum
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evolve.errors import DamagedError, SystemFolderError
@@ -37,18 +40,26 @@ class Kind(enum.StrEnum):
     UNFINISHED = "half-written file"
 
 
+_KINDS = {
+    "paths": (Kind.PATH, "*.json"),
+    "layers": (Kind.LAYER, "??/*.safetensors"),
+    "examples": (Kind.EXAMPLES, "*.npy"),
+}
+"""Kind of what is in a folder of a system, and where in it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Garbage:
     """A file that nothing refers to.
 
     Attributes:
         kind: what it is.
-        file: where it is.
+        file: where it is; of an object in a store, its name there.
         num_bytes: its size.
     """
 
     kind: Kind
-    file: pathlib.Path
+    file: pathlib.Path | pathlib.PurePosixPath
     num_bytes: int
 
 
@@ -91,34 +102,41 @@ class Collection:
         return sum(one.num_bytes for one in self.garbage) + sum(one.before - one.after for one in self.journals)
 
 
-def collect(system: System, *, delete: bool, waits: Callable[[], None] = lambda: None) -> Collection:
+def collect(system: System, *, delete: bool, alone: bool = False, waits: Callable[[], None] = lambda: None) -> Collection:
     """Finds what nothing refers to and what can be compressed, and does it if told to.
 
     Args:
-        system: may be searched, exported and read by other processes meanwhile.
+        system: may be searched, exported and read by other processes meanwhile; in a store, by those of this machine.
         delete: False changes nothing.
+        alone: of a system in a store, that no other machine is at work on it.
         waits: is called if others have to finish first.
 
     Raises:
         DamagedError: the record of a task, a current path or the journal of an unfinished search cannot be read: what they name cannot be
             known, so nothing is removed.
-        SystemFolderError: the folder cannot be written, a journal is of a newer format, or the system is in a store.
+        SystemFolderError: the folder cannot be written, a journal is of a newer format, or the system is in a store and not alone.
     """
-    system.check_collectable()
+    stored = system.stored_sizes(alone=alone)
     with system.locks.collecting(only_looks=not delete, waits=waits):
+        system.pull()
+        system.pull_journals()
         unfinished, closed = _journals(system)
-        garbage = list(_find_garbage(system, _named(system, unfinished)))
+        named = _named(system, unfinished)
+        garbage = list(_find_garbage(system, named))
+        elsewhere = list(_find_stored(stored or {}, named))
         if delete:
             _remove(system, garbage)
+            _remove_stored(system, elsewhere)
         journals, left = [], []
-        for file in closed:
+        # Where they are compared with those of a store they stay as those are.
+        for file in closed if stored is None else ():
             try:
                 before = file.stat().st_size
                 journals.append(Compressed(file, before, compress_journal(file, write=delete)))
             except DamagedError as error:
                 left.append(str(error))
     names = tuple(str(file.relative_to(system.folder)) for file in unfinished)
-    return Collection(delete, tuple(garbage), tuple(journals), names, tuple(left))
+    return Collection(delete, (*garbage, *elsewhere), tuple(journals), names, tuple(left))
 
 
 def _journals(system: System) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
@@ -167,20 +185,30 @@ def _ids_in(value: Any) -> Iterator[str]:
 
 def _find_garbage(system: System, named: set[str]) -> Iterator[Garbage]:
     """Yields every file that nothing refers to."""
-    patterns = (
-        (Kind.PATH, "paths/*.json", "stem", _ID),
-        (Kind.LAYER, "layers/??/*.safetensors", "stem", _ID),
-        (Kind.EXAMPLES, "examples/*.npy", "name", _EXAMPLES),
-    )
-    for kind, pattern, part, form in patterns:
-        for file in sorted(system.folder.glob(pattern)):
-            name = getattr(file, part)
-            # What has another name was put there by somebody else.
-            if form.fullmatch(name) and name not in named and not (kind is Kind.LAYER and _is_resampled(system, name)):
+    for folder, (kind, pattern) in _KINDS.items():
+        for file in sorted(system.folder.glob(f"{folder}/{pattern}")):
+            if _is_unnamed(kind, file, named) and not (kind is Kind.LAYER and _is_resampled(system, file.stem)):
                 yield Garbage(kind, file, file.stat().st_size)
-    for folder in system.written_folders():
-        for file, num_bytes in unfinished_files(folder):
+    for written in system.written_folders():
+        for file, num_bytes in unfinished_files(written):
             yield Garbage(Kind.UNFINISHED, file, num_bytes)
+
+
+def _find_stored(stored: Mapping[str, int], named: set[str]) -> Iterator[Garbage]:
+    """Yields every object of a store that nothing refers to. Resampled position embeddings too: who needs one puts it there again."""
+    for name, num_bytes in sorted(stored.items()):
+        file = pathlib.PurePosixPath(name)
+        kind, pattern = _KINDS.get(file.parts[0], (None, ""))
+        if file.name.startswith("."):
+            yield Garbage(Kind.UNFINISHED, file, num_bytes)
+        elif kind is not None and file.relative_to(file.parts[0]).match(pattern) and _is_unnamed(kind, file, named):
+            yield Garbage(kind, file, num_bytes)
+
+
+def _is_unnamed(kind: Kind, file: pathlib.PurePath, named: set[str]) -> bool:
+    """Tells whether nothing refers to a file; what has another kind of name was put there by somebody else."""
+    name, form = (file.name, _EXAMPLES) if kind is Kind.EXAMPLES else (file.stem, _ID)
+    return form.fullmatch(name) is not None and name not in named
 
 
 def _is_resampled(system: System, layer_id: str) -> bool:
@@ -197,7 +225,7 @@ def _is_resampled(system: System, layer_id: str) -> bool:
 
 def _remove(system: System, garbage: Iterable[Garbage]) -> None:
     try:
-        paths = [one.file for one in garbage if one.kind is Kind.PATH]
+        paths = [pathlib.Path(one.file) for one in garbage if one.kind is Kind.PATH]
         for file in paths:
             file.unlink()
         if paths:
@@ -205,10 +233,18 @@ def _remove(system: System, garbage: Iterable[Garbage]) -> None:
             sync_folder(paths[0].parent)
         for one in garbage:
             if one.kind in (Kind.LAYER, Kind.EXAMPLES):
-                one.file.unlink()
+                pathlib.Path(one.file).unlink()
         for folder in system.written_folders():
             remove_unfinished(folder)
     except OSError as error:
         raise SystemFolderError(
             f"could not remove files in {system.folder} ({error.strerror})", "a folder that can be written"
         ) from error
+
+
+def _remove_stored(system: System, garbage: Sequence[Garbage]) -> None:
+    paths = [str(one.file) for one in garbage if one.kind is Kind.PATH]
+    others = [str(one.file) for one in garbage if one.kind is not Kind.PATH]
+    for names in (paths, others):
+        if names:
+            system.remove_stored(names)

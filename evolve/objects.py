@@ -19,13 +19,16 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 from evolve.errors import StoreError
-from munet.files import make_folder, sync_folder, write_atomically
+from munet.files import make_folder, sync_folder
 
 PATIENCE_VARIABLE = "MUNET_STORE_PATIENCE"
 """Environment variable: for so many seconds a store that does not answer is asked again; 600 by default."""
+
+LANDMARK = "system.json"
+"""An object that each store has once it is in use."""
 
 _MOST_PAUSE = 30.0
 """Seconds."""
@@ -73,6 +76,10 @@ class Objects(Protocol):
         """Returns the names of all objects below a folder."""
         ...
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Returns the bytes of all objects below a folder by name, and of what killed writers left there, whose names begin with a dot."""
+        ...
+
     def put(self, name: str, data: bytes) -> None:
         """Writes an object whose name stands for what it holds: whoever writes it at the same time writes the same."""
         ...
@@ -114,61 +121,115 @@ class _Folder:
     def __init__(self, url: str, folder: pathlib.Path) -> None:
         self.url = url
         self._folder = folder
+        self._was_seen = False
 
     def prepare(self) -> None:
         self._try(lambda: make_folder(self._folder))
 
     def get(self, name: str) -> bytes | None:
-        return self._try((self._folder / name).read_bytes, missing=None)
+        def read() -> bytes:
+            try:
+                data = (self._folder / name).read_bytes()
+            except FileNotFoundError:
+                self._check_mounted()
+                raise
+            self._was_seen |= name == LANDMARK
+            return data
+
+        return self._try(read, missing=None)
 
     def get_all(self, names: Sequence[str]) -> dict[str, bytes]:
         return {name: data for name in names if (data := self.get(name)) is not None}
 
     def has(self, name: str) -> bool:
-        return self._try((self._folder / name).exists)
+        def look() -> bool:
+            if (self._folder / name).exists():
+                return True
+            self._check_mounted()
+            return False
+
+        return self._try(look)
 
     def names(self, folder: str) -> list[str]:
-        # What begins with a dot is being written, or was when its writer was killed.
         start = len(str(self._folder)) + 1
-        walked = os.walk(self._folder / folder)
-        return [f"{inner[start:]}/{file}" for inner, _, files in walked for file in files if not file.startswith(".")]
+
+        def find() -> list[str]:
+            if not (self._folder / folder).exists():
+                self._check_mounted()
+                return []
+            # What begins with a dot is being written, or was when its writer was killed.
+            walked = os.walk(self._folder / folder, onerror=_raise)
+            return [f"{inner[start:]}/{file}" for inner, _, files in walked for file in files if not file.startswith(".")]
+
+        return self._try(find)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        def find() -> dict[str, int]:
+            self._check_mounted()
+            files = [file for file in (self._folder / folder).rglob("*") if file.is_file()]
+            return {file.relative_to(self._folder).as_posix(): file.stat().st_size for file in files}
+
+        return self._try(find)
 
     def put(self, name: str, data: bytes) -> None:
-        self._write(name, lambda target: write_atomically(target, data))
+        self._write(name, data, lambda temporary, target: temporary.replace(target))
 
     def create(self, name: str, data: bytes) -> bool:
-        def create(target: pathlib.Path) -> bool:
-            make_folder(target.parent)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                pathlib.Path(file.name).chmod(0o644)
-                # Whole at once, and only if there is none.
-                with contextlib.suppress(FileExistsError):
-                    target.hardlink_to(file.name)
-                    sync_folder(target.parent)
-                    return True
-            return _is_same(target.read_bytes, data)
+        def place(temporary: pathlib.Path, target: pathlib.Path) -> None:
+            # Whole at once, and only if there is none.
+            target.hardlink_to(temporary)
 
-        return self._write(name, create)
+        def create() -> bool:
+            try:
+                self._write_once(name, data, place)
+            except FileExistsError:
+                return _is_same((self._folder / name).read_bytes, data)
+            return True
+
+        return self._try(create)
 
     def remove(self, names: Sequence[str]) -> None:
         for name in names:
             with contextlib.suppress(OSError):
                 (self._folder / name).unlink()
 
-    def _write(self, name: str, action: Callable[[pathlib.Path], T]) -> T:
-        def write() -> T:
-            # Where it was mounted there may be an empty folder now, which is not the store.
-            if not self._folder.is_dir():
-                raise OSError(errno.EHOSTDOWN, f"found no {self._folder}")
-            return action(self._folder / name)
+    def _write(self, name: str, data: bytes, place: Callable[[pathlib.Path, pathlib.Path], object]) -> None:
+        self._try(lambda: self._write_once(name, data, place))
 
-        return self._try(write)
+    def _write_once(self, name: str, data: bytes, place: Callable[[pathlib.Path, pathlib.Path], object]) -> None:
+        """Writes a file beside where it belongs and has it placed there. Not munet.files: not every share has its locks."""
+        self._check_mounted()
+        if not self._folder.is_dir():
+            raise _away(self._folder)
+        target = self._folder / name
+        make_folder(target.parent)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            pathlib.Path(temporary).chmod(0o644)
+            place(pathlib.Path(temporary), target)
+            sync_folder(target.parent)
+        finally:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+
+    def _check_mounted(self) -> None:
+        """Raises OSError if the store was seen and is not any more: then nothing is missing. Where it was mounted may be a folder still."""
+        if self._was_seen and not (self._folder / LANDMARK).exists():
+            raise _away(self._folder / LANDMARK)
 
     def _try(self, action: Callable[[], T], **missing: T) -> T:
         return _patiently(self.url, action, lambda error: getattr(error, "errno", None) not in _PASSING, **missing)
+
+
+def _away(what: pathlib.Path) -> OSError:
+    return OSError(errno.EHOSTDOWN, f"found no {what}")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 class _Fsspec:
@@ -214,6 +275,10 @@ class _Fsspec:
     def names(self, folder: str) -> list[str]:
         found: list[str] = self._try(lambda: self._system.find(self._path(folder.rstrip("/"))), missing=[])
         return [path[len(self._root) + 1 :] for path in found]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        found: dict[str, Any] = self._try(lambda: self._system.find(self._path(folder.rstrip("/")), detail=True), missing={})
+        return {path[len(self._root) + 1 :]: int(of["size"]) for path, of in found.items()}
 
     def put(self, name: str, data: bytes) -> None:
         self._try(lambda: self._system.pipe_file(self._path(name), data))
@@ -269,7 +334,7 @@ def _patiently(url: str, action: Callable[[], T], is_hopeless: Callable[[Excepti
                 raise StoreError(
                     f"could not use {url} ({_reason(error)})",
                     "a store that is there, lets this user read and write, and has room",
-                    "check its name, its endpoint and the credentials",
+                    "check its name, its endpoint, the credentials, and the clock of this machine: requests are signed with the time",
                 ) from error
             pause = min(2 * pause, _MOST_PAUSE)
             if time.monotonic() + pause > ends:

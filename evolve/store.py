@@ -198,6 +198,10 @@ class System:
             ConflictError: another machine has gone on with the same round.
         """
 
+    def unshared_layers(self, path: Path) -> list[tuple[LayerSpec, Tensors]]:
+        """Returns the layers of a path that others who open this system do not find; a baseline's are of no use to them."""
+        return []
+
     def evolving(self, task: str) -> AbstractContextManager[None]:
         """Held by who evolves a task, from its look at the task's record to the end.
 
@@ -214,11 +218,22 @@ class System:
         """
         return self.locks.comparing(baseline, task)
 
-    def check_collectable(self) -> None:
-        """Checks that nothing but the locks of this machine is needed to keep garbage apart from what is being written.
+    def stored_sizes(self, *, alone: bool) -> dict[str, int] | None:
+        """Returns the bytes of what is kept elsewhere than in the folder, by name, to be collected; None if there is nothing elsewhere.
+
+        Args:
+            alone: no other machine is at work on it, as whoever asks knows.
 
         Raises:
-            SystemFolderError: others write where no lock can be seen.
+            SystemFolderError: there is, and others may write there, where no lock can be seen.
+        """
+        return None
+
+    def remove_stored(self, names: Sequence[str]) -> None:
+        """Removes what `stored_sizes` named.
+
+        Raises:
+            SystemFolderError: it is not let.
         """
 
     def findings(self) -> Iterator[str]:

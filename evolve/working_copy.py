@@ -26,6 +26,7 @@ import json
 import pathlib
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ from evolve.documents import TaskRecord, check_document, parse_json, read_json, 
 from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
 from evolve.journal import Journal, Record, free_name_aside
 from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_id
-from evolve.objects import Objects, open_objects
-from evolve.path import path_id
+from evolve.objects import LANDMARK, Objects, open_objects
+from evolve.path import Path, path_id
 from evolve.store import JournalFile, System
 from evolve.user_cache import cache_folder
 from munet.files import sync_folder
@@ -46,6 +47,13 @@ FORMAT = "store-1"
 """Version of the layout described above."""
 
 _NOTE = "working-copy.json"
+
+_COLLECTED = ("layers", "paths", "examples", "tasks", "journal")
+"""Where garbage is; of tasks and journals nothing but what killed writers left."""
+
+_MOST_LOOKS = 100
+_LOOK_SECONDS = 1.0
+"""So often, after so many seconds each, an object is looked for that a store lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +138,11 @@ class WorkingCopy(System):
             for _, layer in self.path_document(wanted)["layers"]:
                 self._share_file(self._layer_file(layer))
             self._share_file(file)
+
+    def unshared_layers(self, path: Path) -> list[tuple[LayerSpec, Tensors]]:
+        """See System.unshared_layers."""
+        own = [layer for _, layer in path.layers if not self._is_shared(self._layer_file(layer.id))]
+        return [(layer.spec, self.tensors(layer.id)) for layer in own]
 
     def _share_file(self, file: pathlib.Path) -> None:
         if not self._is_shared(file):
@@ -280,14 +293,13 @@ class WorkingCopy(System):
 
     def _catch_up(self, file: pathlib.Path) -> None:
         """Brings a journal to the version in the store, unless it is that, with results that were not shared yet. Its lock is held."""
-        while True:
-            number = self._newest_number(file)
-            if number == self._stored(file)[0]:
-                return
-            data = self._objects.get(self._version_of(file, number))
-            if data is not None:
-                break
-            # It was superseded meanwhile.
+        number, data = self._newest_version(file)
+        if number == self._stored(file)[0]:
+            return
+        if number == 0:
+            # Somebody has taken it out of the store: what is here is put there again.
+            self._note_stored(file, 0, 0)
+            return
         own = file.read_bytes() if file.exists() else b""
         if not (own.startswith(data) and (data or not own)):
             whole = own[: own.rfind(b"\n") + 1]
@@ -298,6 +310,27 @@ class WorkingCopy(System):
             else:
                 file.unlink(missing_ok=True)
         self._note_stored(file, number, len(data))
+
+    def _newest_version(self, file: pathlib.Path) -> tuple[int, bytes]:
+        """Returns number and content of a journal's newest version; no content if it is the one here, and 0 if there is none.
+
+        Raises:
+            DamagedError: one is listed, time and again, and is not there.
+        """
+        for _ in range(_MOST_LOOKS):
+            number = self._newest_number(file)
+            if number in (0, self._stored(file)[0]):
+                return number, b""
+            data = self._objects.get(self._version_of(file, number))
+            if data is not None:
+                return number, data
+            # It was superseded meanwhile, or a share lists for a while what is gone.
+            time.sleep(_LOOK_SECONDS)
+        raise DamagedError(
+            f"found {self._version_of(file, number)} listed in {self.location}, and no such object",
+            "what is listed",
+            "restore it, or remove what is left of it",
+        )
 
     def share(self, journal: Journal) -> None:
         """See System.share."""
@@ -326,7 +359,7 @@ class WorkingCopy(System):
         created = self._objects.create(self._version_of(file, number), data)
         there = _numbers(self._objects.names(self._folder_of(file)))
         # One that was superseded may be gone, so that its number was free.
-        if not created or max(there) != number:
+        if not created or any(later > number for later in there):
             raise self._conflict(file)
         self._note_stored(file, number, len(data))
         self._objects.remove([self._version_of(file, old) for old in there if old < number])
@@ -398,13 +431,25 @@ class WorkingCopy(System):
         """See System.written_folders."""
         return [*super().written_folders(), *(self.folder / "tasks").glob("*/")]
 
-    def check_collectable(self) -> None:
-        """See System.check_collectable."""
-        raise SystemFolderError(
-            f"found a system in {self.location}",
-            "one in a folder: no lock keeps other machines from counting on what would be removed",
-            "what nothing refers to costs nothing but room in a store",
-        )
+    def stored_sizes(self, *, alone: bool) -> dict[str, int]:
+        """See System.stored_sizes."""
+        if not alone:
+            raise SystemFolderError(
+                f"found a system in {self.location}",
+                "one in a folder: no lock keeps other machines from counting on what would be removed",
+                "--alone collects it while no other machine is at work on it; what nothing refers to costs nothing but room",
+            )
+        return {name: size for folder in _COLLECTED for name, size in self._objects.sizes(folder).items()}
+
+    def remove_stored(self, names: Sequence[str]) -> None:
+        """See System.remove_stored."""
+        self._objects.remove(names)
+        left = self.stored_sizes(alone=True).keys() & set(names)
+        if left:
+            raise SystemFolderError(
+                f"could not remove {len(left)} of {len(names)} objects in {self.location}, such as {min(left)}",
+                "a store that lets this user delete",
+            )
 
     def findings(self) -> Iterator[str]:
         """See System.findings: the store is read, not the copy here."""
@@ -425,7 +470,7 @@ class WorkingCopy(System):
 
 def has_system(url: str) -> bool:
     """See System.exists."""
-    return open_objects(url).has("system.json")
+    return open_objects(url).has(LANDMARK)
 
 
 def create_system(
@@ -436,7 +481,7 @@ def create_system(
 ) -> System:
     """See System.create."""
     objects = open_objects(url)
-    if objects.has("system.json"):
+    if objects.has(LANDMARK):
         raise _found_one(objects.url)
     objects.prepare()
     _check_exclusive(objects)
@@ -451,7 +496,7 @@ def create_system(
         root = copy.put_root(layers, image_size)
         copy.share_path(root.id)
         document = {"format": FORMAT, "id": copy.id, "root": root.id, "root_source": dict(root_source or {})}
-        if not objects.create("system.json", to_json(document)):
+        if not objects.create(LANDMARK, to_json(document)):
             raise _found_one(objects.url)
     return open_copy(url)
 
@@ -459,10 +504,10 @@ def create_system(
 def open_copy(url: str) -> System:
     """See System.open."""
     objects = open_objects(url)
-    data = objects.get("system.json")
+    data = objects.get(LANDMARK)
     if data is None:
         raise SystemFolderError(f"found no system in {objects.url}", "a store with system.json", "`munet-evolve run` starts one")
-    system_id, root_id, root_source = check_document(parse_json(data, f"{objects.url}/system.json"), FORMAT, objects.url)
+    system_id, root_id, root_source = check_document(parse_json(data, f"{objects.url}/{LANDMARK}"), FORMAT, objects.url)
     copy = WorkingCopy(objects, system_id, root_source)
     copy.check_note()
     copy.root = copy.path(root_id)

@@ -43,8 +43,15 @@ class Gate:
     """A worker on a node, made a Ray actor."""
 
     def __init__(self) -> None:
-        """Nothing is done before `begin`."""
+        """Nothing is done before `greet` and `begin`."""
+        self._system: Any = None
         self._trainer: Any = None
+
+    def greet(self) -> dict[str, Any]:
+        """Says at once that this worker has its place: `node`, its id; `host`, its name; `process`, this one's id."""
+        import ray
+
+        return {"node": ray.get_runtime_context().get_node_id(), "host": socket.gethostname(), "process": os.getpid()}
 
     def begin(self, expected: dict[str, str], arguments: list[Any]) -> dict[str, Any]:
         """Prepares to work, if this worker is of the same version as its driver.
@@ -55,28 +62,33 @@ class Gate:
                 fetched, and nothing of muNet needed, before versions have been compared.
 
         Returns:
-            `node`, its id; `host`, its name; `process`, this one's id; what `installed` says of it; and if that was as expected either
-            `error`, what kept it from working, or `processor`, what it computes on.
+            What `installed` says of it; and if that was as expected either `error`, what kept it from working, or `processor`, what it
+            computes on.
         """
         import ray
 
         # Read when torch loads, as evolve.cli has it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        context = ray.get_runtime_context()
-        found = installed()
-        answer = {"node": context.get_node_id(), "host": socket.gethostname(), "process": os.getpid(), "installed": found}
-        if found == expected:
+        answer: dict[str, Any] = {"installed": installed()}
+        if answer["installed"] == expected:
             from evolve.training import ray_trainer
 
             begun = ray_trainer.begin(*ray.get(arguments[0]))
             if isinstance(begun, Exception):
                 answer["error"] = begun
             else:
-                self._trainer, answer["processor"] = begun
+                self._system, self._trainer, answer["processor"] = begun
         return answer
 
-    def carry_out(self, order: Any) -> Any:
-        """Trains a pack or examines a path; see evolve.training.spread.carry_out."""
+    def carry_out(self, order: Any, layers: list[Any]) -> Any:
+        """Trains a pack or examines a path; see evolve.training.spread.carry_out.
+
+        Args:
+            order: what to do.
+            layers: kind and weights of those it needs that are not to be had where the system is.
+        """
         from evolve.training.spread import carry_out
 
+        for spec, tensors in layers:
+            self._system.put_layer(spec, tensors)
         return carry_out(self._trainer, order)

@@ -17,8 +17,10 @@ from typing import Any
 
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
-from evolve.errors import ClusterError, EvolveError, MemoryShortageError, SettingsError, SystemFolderError, WorkersDiedError
-from evolve.generation import Trainer
+from evolve.errors import ClusterError, EvolveError, SettingsError, SystemFolderError, WorkersDiedError
+from evolve.generation import GenerationPlan, Trainer
+from evolve.layer import LayerSpec, Tensors
+from evolve.objects import is_url
 from evolve.observers import Tell
 from evolve.store import System
 from evolve.training import ray_gate
@@ -38,30 +40,48 @@ STRAGGLER_FACTOR = 3.0
 STRAGGLER_SECONDS = 60.0
 """... and at least so long."""
 
+GIVE_UP_FACTOR = 10.0
+"""Its worker is ended, and another one does it, once it took so many times the longest, twice that the next time, and so on, ..."""
+
+GIVE_UP_SECONDS = 600.0
+"""... and at least so long. The first order of all has nothing to be compared with."""
+
+START_SECONDS = 1800.0
+"""A worker that has its place prepares within this time: fetches the task's data, opens the system, waits for a store."""
+
 TICK_SECONDS = 1.0
 """How often a search that waits for answers looks around."""
 
-_FINAL = (MemoryShortageError, SettingsError, ValueError)
+_FINAL = (SettingsError, ValueError)
 """Errors of a child or a plan: every worker would have them."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """An order, and how it goes."""
+    """An order, and how it goes; `layers` are those of a path that workers do not find where the system is."""
 
     order: Order
+    layers: list[tuple[LayerSpec, Tensors]]
     failures: int = 0
+    given_up: int = 0
     num_workers: int = 0
+    is_overdue: bool = False
     done: bool = False
+
+    @property
+    def size(self) -> int:
+        """Children to train, or one path."""
+        return len(self.order.children) if isinstance(self.order, GenerationPlan) else 1
 
 
 @dataclasses.dataclass(eq=False)
 class _Worker:
-    """An actor, and what it is at: beginning, a job, or nothing."""
+    """An actor, and what it is at since when: it waits for a node, then prepares until it is ready, then has a job or none."""
 
     actor: Any
     future: concurrent.futures.Future[Any] | None
     node: str | None = None
+    is_ready: bool = False
     process: int = 0
     host: str = ""
     processor: str = ""
@@ -78,15 +98,17 @@ class RayTrainer(SpreadTrainer):
         Args:
             system: gives the layers; workers open it where it is, so every node must see it there.
             data: of the task; each worker gets them once. What is mapped from a cache must be seen by every node.
-            settings: `workers` is how many there are at most: as many work as the cluster has room for, and more join while it grows.
+            settings: `workers` is how many there are: as many work as the cluster has room for, and more join while it grows, or stand in
+                for one that seems to hang.
                 `device = "auto"` is CUDA if a node of the cluster has a GPU.
             tell: told of workers that are lost, or that cannot work, and why.
 
         Raises:
             SettingsError: Ray is not installed, or the settings ask for a precision that the device does not have.
-            ClusterError: the cluster cannot be reached.
+            ClusterError: the cluster cannot be reached, or has no room for the task's data.
         """
         super().__init__(data, settings)
+        self._system = system
         self._ray = connect(settings.address)
         self._tell = tell
         device = _device(self._ray, settings)
@@ -105,10 +127,18 @@ class RayTrainer(SpreadTrainer):
         # Ray sees to no restart and no second try: both are decided here.
         self._actors = self._ray.remote(max_restarts=0, max_task_retries=0, **self._resources)(ray_gate.Gate)
         given = settings.model_copy(update={"device": device})
-        self._arguments = [self._ray.put((system.location, system.id, data, given, self._identity))]
+        try:
+            self._arguments = [self._ray.put((system.location, system.id, data, given, self._identity))]
+        except self._ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"could not put the data of task {data.name!r} into Ray's object store ({_short(error)})",
+                "room for them in this node's memory, or on its disk",
+                "start this node's Ray with a larger --object-store-memory, or make room where its session lies, /tmp/ray by default",
+            ) from error
         self._workers: list[_Worker] = []
         self._refused: dict[str, EvolveError] = {}
         self._troubles: collections.Counter[str] = collections.Counter()
+        self._avoiding: set[str] = set()
         self._failed_starts = 0
         self._longest = 0.0
         self._told = ""
@@ -121,16 +151,20 @@ class RayTrainer(SpreadTrainer):
         return self._identity
 
     def _answers(self, orders: Sequence[Order]) -> Iterator[Any]:
-        jobs = [_Job(order) for order in orders]
+        jobs = [_Job(order, [] if isinstance(order, GenerationPlan) else self._system.unshared_layers(order)) for order in orders]
         waiting = collections.deque(jobs)
+        # What went wrong in an earlier generation may have passed.
+        self._failed_starts = 0
+        self._dismiss_lost()
         try:
             idle_since = time.monotonic()
             while not all(job.done for job in jobs):
-                self._hire(min(self._most_workers, sum(not job.done for job in jobs)))
+                self._hire(min(self._most_workers, sum(not job.done for job in jobs)) + self._num_overdue())
                 self._hand_out(waiting, jobs)
-                if any(worker.job for worker in self._workers):
+                if any(worker.node for worker in self._workers):
                     idle_since = time.monotonic()
                 self._check_hope(time.monotonic() - idle_since)
+                self._give_up(waiting)
                 futures = [worker.future for worker in self._workers if worker.future is not None]
                 concurrent.futures.wait(futures, TICK_SECONDS, concurrent.futures.FIRST_COMPLETED)
                 for worker in [worker for worker in self._workers if worker.future is not None and worker.future.done()]:
@@ -138,32 +172,38 @@ class RayTrainer(SpreadTrainer):
                     if job is None:
                         self._welcome(worker)
                     elif job.done:
-                        # Another one was quicker.
-                        worker.job = worker.future = None
+                        self._let_go(worker)
                     else:
                         yield from self._take_answer(worker, job, waiting)
         finally:
             # Interrupted, an error of a pack, or a copy of an order that somebody else was quicker with: what still runs is of no use.
             for worker in [worker for worker in self._workers if worker.job is not None]:
                 self._dismiss(worker)
+            # Those that stood in for others.
+            for worker in sorted(self._workers, key=lambda worker: not worker.is_ready)[self._most_workers :]:
+                self._dismiss(worker)
 
     # Workers
 
     def _hire(self, wanted: int) -> None:
         """Asks Ray for the workers that are missing; those that it has no room for yet begin when it has."""
-        if self._failed_starts >= MOST_DEATHS and any(worker.node for worker in self._workers):
+        avoided = self._avoided()
+        if avoided - self._avoiding:
+            # Those that wait for a node were asked for before it was known which to avoid.
+            for worker in [one for one in self._workers if one.node is None or (one.node in avoided and one.job is None)]:
+                self._dismiss(worker)
+        self._avoiding = avoided
+        if self._failed_starts >= MOST_DEATHS and any(worker.is_ready for worker in self._workers):
             return
+        options = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"}} if avoided else {}
         for _ in range(wanted - len(self._workers)):
-            options = {}
-            if avoided := self._avoided():
-                options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"}
             actor = self._actors.options(**options).remote()
-            self._workers.append(_Worker(actor, actor.begin.remote(self._expected, self._arguments).future()))
+            self._workers.append(_Worker(actor, actor.greet.remote().future()))
 
     def _avoided(self) -> set[str]:
-        """Returns the nodes to hire nobody on: those that were refused, and those where workers failed again, if there are others."""
+        """Returns the nodes to hire nobody on: those that were refused, and those where workers failed in a row, if there are others."""
         sick = {node for node, number in self._troubles.items() if number > 1}
-        return set(self._refused) | (sick if self._usable_nodes() - sick else set())
+        return set(self._refused) | (sick if sick and self._usable_nodes() - sick else set())
 
     def _usable_nodes(self) -> set[str]:
         """Returns the nodes that are large enough for a worker and were not refused."""
@@ -177,35 +217,48 @@ class RayTrainer(SpreadTrainer):
         }
 
     def _welcome(self, worker: _Worker) -> None:
-        """Looks at what a worker says that has begun."""
+        """Looks at what a worker says that has its place, and has it prepare; or at what came of that."""
         try:
-            begun = self._result(worker)
+            said = self._result(worker)
         except Exception as error:
             # Its node may be lost, or Ray could not start it: nothing of ours has run.
-            self._failed_starts += 1
-            self._dismiss(worker)
-            self._tell(f"a worker could not start ({_short(error)})")
-            if self._failed_starts >= MOST_DEATHS and not any(other.node for other in self._workers):
-                raise WorkersDiedError(MOST_DEATHS, "as they started", _short(error)) from error
+            self._fail_to_start(worker, _short(error), error)
             return
         worker.future = None
-        worker.node, worker.host, worker.process = begun["node"], begun["host"], begun["process"]
-        worker.processor = begun.get("processor", "")
-        refusal = self._refusal(begun)
-        if refusal is not None:
-            self._dismiss(worker)
-            if begun["node"] not in self._refused:
-                self._refused[begun["node"]] = refusal
-                self._tell(f"warning: no worker on {begun['host']}: {refusal}")
+        if worker.node is None:
+            worker.node, worker.host, worker.process = said["node"], said["host"], said["process"]
+            worker.since = time.monotonic()
+            worker.future = worker.actor.begin.remote(self._expected, self._arguments).future()
             return
-        self._failed_starts = 0
+        refusal = self._refusal(worker, said)
+        if refusal is None:
+            worker.is_ready, worker.processor = True, said.get("processor", "")
+            self._failed_starts = 0
+            return
+        self._dismiss(worker)
+        if worker.node not in self._refused:
+            self._refused[worker.node] = refusal
+            self._tell(f"warning: no worker on {worker.host}: {refusal}")
 
-    def _refusal(self, begun: Mapping[str, Any]) -> EvolveError | None:
+    def _fail_to_start(self, worker: _Worker, reason: str, error: Exception | None = None) -> None:
+        """Takes a worker away that will not work.
+
+        Raises:
+            WorkersDiedError: as many as may have failed, and none works.
+        """
+        self._failed_starts += 1
+        self._dismiss(worker)
+        self._tell(f"a worker could not start ({reason})")
+        if self._failed_starts >= MOST_DEATHS and not any(other.is_ready for other in self._workers):
+            raise WorkersDiedError(MOST_DEATHS, "as they started", reason) from error
+
+    def _refusal(self, worker: _Worker, begun: Mapping[str, Any]) -> EvolveError | None:
         """Returns why a worker cannot work; None if it can."""
-        where = f"on node {begun['host']} ({begun['node'][:8]})"
-        if begun["installed"] != self._expected:
-            names = [name for name, version in self._expected.items() if begun["installed"].get(name) != version]
-            found = ", ".join(f"{name} {begun['installed'].get(name)}" for name in names)
+        where = f"on node {worker.host} ({(worker.node or '')[:8]})"
+        installed = begun["installed"]
+        if installed != self._expected:
+            names = [name for name, version in self._expected.items() if installed.get(name) != version]
+            found = ", ".join(f"{name} {installed.get(name)}" for name in names)
             expected = ", ".join(f"{name} {self._expected[name]}" for name in names)
             return ClusterError(
                 f"found {found} {where}",
@@ -220,8 +273,8 @@ class RayTrainer(SpreadTrainer):
         return None
 
     def _check_hope(self, idle_seconds: float) -> None:
-        """Raises ClusterError if no worker is left and none can come, or none came for a long time."""
-        if any(worker.node for worker in self._workers):
+        """Raises an error if no worker is left and none can come, or none came for a long time."""
+        if any(worker.is_ready for worker in self._workers):
             self._waits = False
             return
         if self._refused and not self._usable_nodes():
@@ -251,30 +304,82 @@ class RayTrainer(SpreadTrainer):
         self._workers.remove(worker)
         _end(self._ray, [worker])
 
+    def _dismiss_lost(self) -> None:
+        """Takes workers away whose nodes were lost while they had nothing to do: no order is to be wasted on them."""
+        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]} if self._workers else set()
+        for worker in [worker for worker in self._workers if worker.node is not None and worker.node not in alive]:
+            self._dismiss(worker)
+
     # Work
 
     def _hand_out(self, waiting: collections.deque[_Job], jobs: Sequence[_Job]) -> None:
-        idle = [worker for worker in self._workers if worker.node is not None and worker.job is None]
+        idle = [worker for worker in self._workers if worker.is_ready and worker.job is None]
         for worker in idle:
             job = waiting.popleft() if waiting else self._straggler(jobs)
             if job is None:
                 return
             worker.job, worker.since = job, time.monotonic()
             job.num_workers += 1
-            worker.future = worker.actor.carry_out.remote(job.order).future()
+            worker.future = worker.actor.carry_out.remote(job.order, job.layers).future()
 
     def _straggler(self, jobs: Sequence[_Job]) -> _Job | None:
         """Returns a job that takes so long that its worker may never end, and that nobody else is at."""
-        bound = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * self._longest)
-        for worker in self._workers:
-            if worker.job is None or worker.job.done or worker.job.num_workers > 1:
-                continue
-            seconds = time.monotonic() - worker.since
-            if seconds > bound:
-                what = self._described([worker.job.order])
-                self._tell(f"the worker on {worker.host} has been at {what} for {seconds:.0f} s; another one does the same")
+        for worker in self._overdue():
+            if worker.job is not None and worker.job.num_workers == 1:
+                self._tell(f"{self._described_overdue(worker)}; another one does the same")
                 return worker.job
         return None
+
+    def _overdue(self, least: float = 0.0, factor: float = STRAGGLER_FACTOR) -> list[_Worker]:
+        """Returns the workers that are at a job for so many times the longest that any took before, and at least so long."""
+        found = []
+        for worker in self._workers:
+            job = worker.job
+            if job is not None and not job.done:
+                bound = max(least or STRAGGLER_SECONDS, factor * 2**job.given_up * self._longest * job.size)
+                if time.monotonic() - worker.since > bound:
+                    found.append(worker)
+        return found
+
+    def _num_overdue(self) -> int:
+        """Returns how many more workers are wanted: one for each that may never end, once there is something to tell that by."""
+        found = self._overdue() if self._longest else []
+        for worker in found:
+            if worker.job is not None and not worker.job.is_overdue:
+                worker.job.is_overdue = True
+                if not any(other.is_ready and other.job is None for other in self._workers):
+                    self._tell(f"{self._described_overdue(worker)}, far longer than any before; one more is asked for")
+        return len(found)
+
+    def _described_overdue(self, worker: _Worker) -> str:
+        what = self._described([worker.job.order] if worker.job is not None else [])
+        return f"the worker on {worker.host} has been at {what} for {time.monotonic() - worker.since:.0f} s"
+
+    def _give_up(self, waiting: collections.deque[_Job]) -> None:
+        """Ends workers that will hardly ever be done with what they are at; what they are at runs again."""
+        now = time.monotonic()
+        for worker in [one for one in self._workers if one.node and not one.is_ready and now - one.since > START_SECONDS]:
+            self._fail_to_start(worker, f"on {worker.host}, not ready after {START_SECONDS:.0f} s")
+        for worker in self._overdue(GIVE_UP_SECONDS, GIVE_UP_FACTOR) if self._longest else []:
+            job = worker.job
+            if job is not None:
+                self._tell(f"{self._described_overdue(worker)} and is ended; it runs again")
+                job.given_up += 1
+                job.is_overdue = False
+                self._put_back(worker, job, waiting)
+
+    def _put_back(self, worker: _Worker, job: _Job, waiting: collections.deque[_Job]) -> None:
+        """Takes a worker away; what it was at waits for another one, unless another one is at it."""
+        self._dismiss(worker)
+        job.num_workers -= 1
+        if job.num_workers == 0:
+            waiting.appendleft(job)
+
+    def _let_go(self, worker: _Worker) -> None:
+        """Another worker was quicker: this one is free again, if it lives."""
+        if worker.future is not None and worker.future.exception() is not None:
+            self._dismiss(worker)
+        worker.job = worker.future = None
 
     def _take_answer(self, worker: _Worker, job: _Job, waiting: collections.deque[_Job]) -> list[Any]:
         """Returns the one answer to a job; none if its worker failed: then the job is put back, and the worker away.
@@ -290,24 +395,22 @@ class RayTrainer(SpreadTrainer):
         except Exception as error:
             died = isinstance(error, self._ray.exceptions.RayError)
             job.failures += 1
-            job.num_workers -= 1
+            self._troubles[worker.node or ""] += 1
             if died:
                 # Whoever is idle beside it may be dead too: nobody would have noticed.
-                for other in [one for one in self._workers if one.node == worker.node and one.job is None]:
+                for other in [one for one in self._workers if one.node == worker.node and one.is_ready and one.job is None]:
                     self._dismiss(other)
-            elif worker.node is not None:
-                self._troubles[worker.node] += 1
-            self._dismiss(worker)
+            self._put_back(worker, job, waiting)
             what = self._described([job.order])
             self._tell(f"a worker on {worker.host} {'died' if died else 'failed'} at {what} ({_short(error)}); it runs again")
             if job.failures < MOST_DEATHS:
-                if job.num_workers == 0:
-                    waiting.appendleft(job)
                 return []
             if died:
                 raise WorkersDiedError(MOST_DEATHS, f"at {what}", _short(error)) from error
             raise
-        self._longest = max(self._longest, time.monotonic() - worker.since)
+        self._longest = max(self._longest, (time.monotonic() - worker.since) / job.size)
+        # In a row: who can work again is not avoided.
+        self._troubles.pop(worker.node or "", None)
         worker.job = worker.future = None
         job.done = True
         self._say_who_works()
@@ -326,7 +429,7 @@ class RayTrainer(SpreadTrainer):
 
     def _say_who_works(self) -> None:
         """Tells how many work, and where, when it has changed."""
-        working = [worker for worker in self._workers if worker.node is not None]
+        working = [worker for worker in self._workers if worker.is_ready]
         processors = sorted({worker.processor for worker in working})
         num_nodes = len({worker.node for worker in working})
         line = f"{_counted(len(working), 'worker')} on {_counted(num_nodes, 'node')}: {', '.join(processors)}"
@@ -348,7 +451,7 @@ def begin(where: str, system_id: str, data: TaskData, settings: TrainingSettings
         expected: identity of the trainer.
 
     Returns:
-        The trainer and what it computes on, in words; or the error that kept it from being made.
+        The system, the trainer and what it computes on, in words; or the error that kept it from being made.
     """
     try:
         system = System.open(where)
@@ -356,12 +459,15 @@ def begin(where: str, system_id: str, data: TaskData, settings: TrainingSettings
             raise SystemFolderError(
                 f"found system {system.id} in {where}", f"system {system_id}", "mount the same folder on every node"
             )
+        if is_url(where):
+            # Of workers of this node that were killed as they fetched; in a shared folder it is for those who search.
+            system.remove_unfinished()
         trainer: Trainer = make_trainer(system, data, settings)
         if dict(trainer.identity) != dict(expected):
             raise ClusterError(f"found a trainer {dict(trainer.identity)}", f"{dict(expected)}, as where the search runs")
     except (EvolveError, OSError, RuntimeError) as error:
         return error
-    return trainer, _processor(settings)
+    return system, trainer, _processor(settings)
 
 
 def _processor(settings: TrainingSettings) -> str:

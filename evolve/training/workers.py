@@ -1,7 +1,7 @@
 """A trainer that gives packs to worker processes of this machine, each with a trainer of its own and, if there are several, a GPU.
 
-A worker that dies takes the others with it: all start anew, and what was under way runs again. Workers end with the process that started
-them, however that ends.
+A worker that dies, or meets an error of its GPU, takes the others with it: all start anew, and what was under way runs again. Workers
+end with the process that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
-from evolve.errors import WorkersDiedError
+from evolve.errors import EvolveError, WorkersDiedError
 from evolve.generation import Trainer
 from evolve.store import Location, System
 from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, carry_out, make_trainer
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _PRELOADED = ("evolve.training.together", "evolve.data.load")
 
-_trainer: Trainer | None = None
-"""A worker's own."""
+_trainer: Trainer | Exception | None = None
+"""A worker's own; or the error that kept it from being made."""
 
 
 class WorkersTrainer(SpreadTrainer):
@@ -71,10 +71,13 @@ class WorkersTrainer(SpreadTrainer):
                     waiting.remove(futures[future])
                     deaths = 0
                     yield answer
-            except concurrent.futures.process.BrokenProcessPool as error:
+            except RuntimeError as error:
+                # Of a pool whose worker died; or of a GPU: after such an error its process can compute nothing any more.
                 deaths += 1
                 self._dismiss()
                 if deaths == MOST_DEATHS:
+                    if not isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                        raise
                     raise WorkersDiedError(MOST_DEATHS, f"at {self._described(waiting)}") from error
             except BaseException:
                 # Interrupted, or an error of a pack: what still runs is of no use.
@@ -118,7 +121,11 @@ def _begin(counter: Synchronized[int], location: Location, data: TaskData, setti
         number = counter.value
         counter.value += 1
     _choose_gpu(number)
-    _trainer = make_trainer(System.open(location), data, settings)
+    try:
+        _trainer = make_trainer(System.open(location), data, settings)
+    except (EvolveError, OSError, RuntimeError) as error:
+        # Raised here, it would be the death of all workers, without a reason.
+        _trainer = error
 
 
 def _end_with_owner() -> None:
@@ -142,4 +149,6 @@ def _choose_gpu(number: int) -> None:
 def _carry_out(order: Order) -> Any:
     if _trainer is None:
         raise RuntimeError("a worker that has not begun")
+    if isinstance(_trainer, Exception):
+        raise _trainer
     return carry_out(_trainer, order)

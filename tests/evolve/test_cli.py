@@ -23,6 +23,7 @@ from evolve.store import System
 from evolve.vit import reference_logits
 from tests.support.processes import environment, evolve, heed_interrupts
 from tests.support.searched import add_baseline, searched_system
+from tests.support.searches import evolve_tasks
 from tests.support.system import IMAGE_SIZE, SKETCHES, build_system, random_tensors, root_specs
 
 SETTINGS = f"""
@@ -129,6 +130,20 @@ def test_the_same_search_in_another_process_gives_the_same_lineage(folder, monke
     assert one.tasks() == two.tasks()
     layers = [sorted(file.name for file in system.folder.glob("layers/*/*")) for system in (one, two)]
     assert layers[0] == layers[1]
+
+
+def test_garbage_in_a_store_goes_for_who_says_that_nobody_else_is_there(tmp_path, monkeypatch, capsys):
+    url = (tmp_path / "store").as_uri()
+    evolve_tasks(url, "a")
+    assert _main(monkeypatch, "gc", "--system", url, "--delete") == 2
+    assert "--alone collects it while no other machine is at work on it" in capsys.readouterr().err
+    assert _main(monkeypatch, "gc", "--system", url, "--delete", "--alone", "--json") == 0
+    collection = json.loads(capsys.readouterr().out)
+    assert collection["num_bytes"] > 0
+    names = {one["file"] for one in collection["garbage"] if not one["file"].startswith("/")}
+    assert names
+    assert not [name for name in names if (tmp_path / "store" / name).exists()]
+    assert _main(monkeypatch, "verify", "--system", url) == 0
 
 
 def test_a_search_in_which_all_children_diverge_has_an_end_and_says_so(folder, monkeypatch, capsys):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import pathlib
+import shutil
+import subprocess
 
 import pytest
 
 from evolve import objects, working_copy
+from evolve.collecting import Kind, collect
 from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
 from evolve.journal import read_journal
 from evolve.lineage import lineage_hash
 from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, tiny_root
+from tests.support.jobs import Jobs
 from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
 from tests.support.stores import BUCKET, flaky_proxy, machine, s3_server, use_s3
 
@@ -157,8 +165,10 @@ def test_a_machine_whose_search_was_taken_over_is_told_even_if_its_number_is_fre
         with machine(tmp_path / "there"):
             evolve_tasks(url, "a", plan=small_plan(rounds=1))
 
+    trainer = _Interrupted(1, taken_over)
     with pytest.raises(ConflictError):
-        evolve_tasks(url, "a", plan=small_plan(rounds=1), trainer=_Interrupted(1, taken_over))
+        evolve_tasks(url, "a", plan=small_plan(rounds=1), trainer=trainer)
+    assert trainer._before == -1, "it trained on"
     with machine(tmp_path / "third"):
         assert [record["type"] for record in read_journal(System.open(url).journals()[0].file)][-1] == "close"
 
@@ -333,6 +343,35 @@ def test_a_store_that_replaces_what_is_there_is_refused(tmp_path, here, monkeypa
         System.create((tmp_path / "store").as_uri(), tiny_root(), 32)
 
 
+def test_a_store_that_refuses_a_clock_that_is_off_says_so_at_once(server, here, monkeypatch):
+    with flaky_proxy(server) as (address, faults):
+        use_s3(monkeypatch, address)
+        faults.is_skewed = True
+        monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("no waiting mends a clock"))
+        with pytest.raises(StoreError, match=r"(Forbidden|is too large).*the clock of this machine"):
+            System.open(f"s3://{BUCKET}/skewed")
+
+
+def test_two_processes_of_a_machine_fetch_each_layer_once(server, here, tmp_path, monkeypatch):
+    """They open a system at the same moment, with a working copy that has nothing yet."""
+    with contextlib.ExitStack() as stack:
+        address, faults = stack.enter_context(flaky_proxy(server))
+        use_s3(monkeypatch, address)
+        jobs = stack.enter_context(Jobs(tmp_path / "errors.txt"))
+        url = f"s3://{BUCKET}/{next(_count)}"
+        system = System.create(url, tiny_root(), 32)
+        faults.seconds = 0.1
+        faults.asked.clear()
+        there = tmp_path / "there"
+        started = [jobs.start(location=url, cache=str(there), task="a", rounds=0) for _ in range(2)]
+        assert [jobs.wait(process) for process in started] == [0, 0], jobs.errors
+        fetched = collections.Counter(path.rpartition("/")[2] for method, path in faults.asked if method == "GET")
+        assert fetched.pop("system.json") == 2
+        layers = {f"{layer}.safetensors" for layer in system.root.layer_ids}
+        assert fetched == dict.fromkeys([*layers, f"{system.root.id}.json"], 1)
+        assert {file.name for file in there.rglob("*.safetensors")} == layers
+
+
 def test_through_a_proxy_that_loses_requests_and_answers_the_search_is_the_same(server, here, tmp_path, monkeypatch):
     expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=PLAN))
     with flaky_proxy(server) as (address, faults):
@@ -369,6 +408,133 @@ def test_a_folder_that_is_not_mounted_for_a_while(tmp_path, here, monkeypatch, c
     assert lineage_hash(system) == expected
 
 
+def test_a_folder_that_is_not_mounted_when_it_is_looked_at_is_not_taken_for_an_empty_one(tmp_path, here, monkeypatch):
+    store = tmp_path / "mount"
+    evolve_tasks(store.as_uri(), "a", plan=PLAN)
+    with machine(tmp_path / "there"):
+        system = System.open(store.as_uri())
+        looks = (
+            lambda: system.pull() or system.tasks()["a"].rounds == 2,
+            lambda: system._objects.has("tasks/a/2.json"),
+            lambda: system.path_document(system.tasks()["a"].path_id),
+        )
+        waits = []
+
+        def mounted_again(seconds):
+            waits.append(seconds)
+            store.rmdir()
+            (tmp_path / "away").rename(store)
+
+        monkeypatch.setattr(objects.time, "sleep", mounted_again)
+        for number, look in enumerate(looks, start=1):
+            store.rename(tmp_path / "away")
+            store.mkdir()
+            assert look()
+            assert len(waits) == number
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, here, monkeypatch):
+    system = evolve_tasks((tmp_path / "store").as_uri(), "a", plan=PLAN)
+    scans, waits = [], []
+
+    def stale(folder, scandir=objects.os.scandir):
+        scans.append(folder)
+        if len(scans) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(objects.os, "scandir", stale)
+    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    system.pull()
+    assert list(system.tasks()) == ["a"]
+    assert waits == [1.0]
+
+
+def test_a_share_needs_no_locks(tmp_path, here, monkeypatch):
+    """Some have none."""
+    store = tmp_path / "store"
+
+    def flock(descriptor, mode, locked=fcntl.flock):
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        if pathlib.Path(f"/proc/self/fd/{number}").readlink().is_relative_to(store):
+            raise OSError(errno.ENOLCK, "No locks available")
+        locked(descriptor, mode)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert list(evolve_tasks(store.as_uri(), "a", plan=PLAN).tasks()) == ["a"]
+    assert not [file for file in store.rglob(".*") if file.is_file()]
+
+
+def test_a_journal_that_was_taken_out_of_the_store_is_put_there_again(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("nobody has it"))
+    store = tmp_path / "store"
+    with pytest.raises(Killed):
+        evolve_tasks(store.as_uri(), "a", trainer=MortalTrainer(5))
+    shutil.rmtree(store / "journal")
+    trainer = FakeTrainer()
+    system = evolve_tasks(store.as_uri(), "a", trainer=trainer)
+    assert lineage_hash(system) == lineage_hash(evolve_tasks(tmp_path / "folder", "a"))
+    assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 5
+
+
+def test_what_is_listed_and_is_not_there_is_not_looked_for_for_ever(tmp_path, here, monkeypatch):
+    with pytest.raises(Killed):
+        evolve_tasks((tmp_path / "store").as_uri(), "a", trainer=MortalTrainer(5))
+    waits = []
+    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    with machine(tmp_path / "there"):
+        system = System.open((tmp_path / "store").as_uri())
+        names = system._objects.names
+        # As the listing of a share that is late.
+        monkeypatch.setattr(
+            system._objects,
+            "names",
+            lambda folder: [*names(folder), *["journal/a-0001/999.jsonl"][: folder.startswith("journal")]],
+        )
+        with pytest.raises(DamagedError, match=r"found journal/a-0001/999\.jsonl listed in .*, and no such object"):
+            system.journals("a")
+    assert 10 < len(waits) < 1000
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where mounting is permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("full", ["the disk of the working copy", "the share"])
+def test_a_full_disk_costs_nothing_that_was_finished(tmp_path, small_disk, full):
+    """Room is made again and again, until it is enough."""
+    plan = small_plan(rounds=1)
+    copy, share = (small_disk, tmp_path / "share") if full.endswith("copy") else (tmp_path / "copy", small_disk)
+    filler = [small_disk / f"filler-{number}" for number in range(250)]
+    with contextlib.suppress(OSError):
+        for file in filler:
+            file.write_bytes(bytes(4000))
+    errors = []
+    system = None
+    with machine(copy):
+        while system is None:
+            try:
+                system = evolve_tasks(share.as_uri(), "a", plan)
+            except SystemFolderError as error:
+                errors.append(str(error))
+                for _ in range(len(errors)):
+                    filler.pop().unlink(missing_ok=True)
+        assert lineage_hash(system) == lineage_hash(evolve_tasks(tmp_path / "folder", "a", plan))
+        assert verify(system) == []
+    assert all("No space left on device" in error for error in errors)
+    assert len(errors) > 3
+    with machine(tmp_path / "there"):
+        assert lineage_hash(System.open(share.as_uri())) == lineage_hash(system)
+
+
 def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
     store = tmp_path / "mount" / "store"
     expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
@@ -389,12 +555,72 @@ def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
     assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 3
 
 
-def test_garbage_is_not_collected_where_no_lock_is_seen(tmp_path, here):
-    from evolve.collecting import collect
-
-    system = evolve_tasks((tmp_path / "store").as_uri(), "a", plan=small_plan(rounds=1))
-    with pytest.raises(SystemFolderError, match="no lock keeps other machines"):
+def test_garbage_is_not_collected_where_no_lock_is_seen(url, here):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    with pytest.raises(SystemFolderError, match="no lock keeps other machines.*--alone"):
         collect(system, delete=False)
+
+
+def test_garbage_in_a_store_is_collected_by_who_is_alone(any_url, here, tmp_path):
+    """A machine that knows of nobody's journals; a search of another, which is unfinished, goes on as if nothing had been."""
+    plan = small_plan(rounds=1, children_per_task=4, generation_size=2)
+    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=plan))
+    evolve_tasks(any_url, "a", plan=plan)
+    with pytest.raises(Killed):
+        evolve_tasks(any_url, "b", plan=plan, trainer=MortalTrainer(3))
+    with machine(tmp_path / "there"):
+        system = System.open(any_url)
+        before = set(system._objects.names(""))
+        would = collect(system, delete=False, alone=True)
+        assert set(system._objects.names("")) == before
+        did = collect(System.open(any_url), delete=True, alone=True)
+        assert did.unfinished == ("journal/b-0001.jsonl",)
+        assert [one.file for one in did.garbage] == [one.file for one in would.garbage]
+        assert {one.kind for one in did.garbage} >= {Kind.PATH, Kind.LAYER}
+        assert set(system._objects.names("")) == before - {str(one.file) for one in did.garbage}
+        assert did.num_bytes > 1000
+        assert collect(System.open(any_url), delete=True, alone=True).garbage == ()
+    system = evolve_tasks(any_url, plan=plan)
+    assert lineage_hash(system) == expected
+    assert verify(system) == []
+    with machine(tmp_path / "third"):
+        assert lineage_hash(System.open(any_url)) == expected
+
+
+@pytest.mark.parametrize("looks", ["sizes", "names"])
+def test_what_is_named_while_garbage_is_looked_for_stays(url, here, tmp_path, monkeypatch, looks):
+    """Somebody was at work after all: what was named by the time that journals are read stays."""
+    evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    with machine(tmp_path / "there"):
+        system = System.open(url)
+
+        look = getattr(objects._Folder, looks)
+
+        def evolved_meanwhile(self, folder):
+            monkeypatch.undo()
+            with machine(tmp_path / "third"):
+                evolve_tasks(url, "b", plan=small_plan(rounds=1))
+            return look(self, folder)
+
+        monkeypatch.setattr(objects._Folder, looks, evolved_meanwhile)
+        assert collect(system, delete=True, alone=True).garbage
+        assert set(system.tasks()) == {"a", "b"}
+        assert verify(System.open(url)) == []
+
+
+def test_what_killed_writers_left_in_a_share_goes_with_its_garbage(url, here, tmp_path):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    left = next((tmp_path / "store" / "layers").glob("*/")) / ".x.safetensors.y.part"
+    left.write_bytes(b"half")
+    assert Kind.UNFINISHED in {one.kind for one in collect(system, delete=True, alone=True).garbage}
+    assert not left.exists()
+
+
+def test_a_store_that_lets_nobody_delete_says_so(url, here, monkeypatch):
+    system = evolve_tasks(url, "a", plan=small_plan(rounds=1))
+    monkeypatch.setattr(objects._Folder, "remove", lambda *_: None)
+    with pytest.raises(SystemFolderError, match=r"could not remove \d+ of \d+ objects in .*lets this user delete"):
+        collect(system, delete=True, alone=True)
 
 
 def test_nothing_in_a_store_is_ever_changed(tmp_path, here, monkeypatch):

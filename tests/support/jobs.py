@@ -68,7 +68,7 @@ def _run(location: str, cache: str, task: str, rounds: int) -> None:
         location: of the system.
         cache: where working copies of this machine are.
         task: its name.
-        rounds: how many it is to have.
+        rounds: how many it is to have; 0: the system is opened and nothing else.
     """
     from evolve.errors import SystemFolderError
     from evolve.search import run_rounds
@@ -84,7 +84,8 @@ def _run(location: str, cache: str, task: str, rounds: int) -> None:
             system = System.create(location, tiny_root(), 32)
         except SystemFolderError:
             system = System.open(location)
-    run_rounds(system, [(active_task(task), FakeTrainer)], month_plan(rounds), QuietObserver())
+    if rounds:
+        run_rounds(system, [(active_task(task), FakeTrainer)], month_plan(rounds), QuietObserver())
 
 
 if __name__ == "__main__":

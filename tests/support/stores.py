@@ -18,6 +18,11 @@ from s3fs import S3FileSystem
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 BUCKET = "systems"
+_SKEWED = (
+    b"<Error><Code>RequestTimeTooSkewed</Code>"
+    b"<Message>The difference between the request time and the current time is too large.</Message></Error>"
+)
+_REFUSALS = {"busy": (503, b""), "skewed": (403, _SKEWED)}
 
 
 @contextlib.contextmanager
@@ -53,23 +58,35 @@ class Faults:
     Attributes:
         is_down: all are refused.
         share: of requests that fail: before they reach the store, or after it has acted on them, unknown to who asked.
+        is_skewed: all are answered as S3 answers a machine whose clock is off.
+        seconds: each for a layer is held up so long.
         num_failed: so far.
+        asked: method and path of each so far.
     """
 
     def __init__(self) -> None:
         self.is_down = False
         self.share = 0.0
+        self.is_skewed = False
+        self.seconds = 0.0
         self.num_failed = 0
+        self.asked: list[tuple[str, str]] = []
         self.draws = random.Random(0)
         self.lock = threading.Lock()
 
     def draw(self) -> str:
         with self.lock:
-            fate = "refused" if self.is_down else "passed"
-            if not self.is_down and self.draws.random() < self.share:
+            fate = "refused" if self.is_down else "skewed" if self.is_skewed else "passed"
+            if fate == "passed" and self.draws.random() < self.share:
                 fate = self.draws.choice(["refused", "busy", "cut", "lost"])
             self.num_failed += fate != "passed"
             return fate
+
+    def hold_up(self, method: str, path: str) -> None:
+        self.asked.append((method, path))
+        if "/layers/" in path:
+            # Not by sleeping, which tests have taken over.
+            threading.Event().wait(self.seconds)
 
 
 @contextlib.contextmanager
@@ -85,12 +102,15 @@ def flaky_proxy(address: str) -> Iterator[tuple[str, Faults]]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.close_connection = True
             fate = faults.draw()
+            faults.hold_up(self.command, self.path)
             if fate == "refused":
                 return
-            if fate == "busy":
-                self.send_response(503)
-                self.send_header("Content-Length", "0")
+            if fate in _REFUSALS:
+                status, body = _REFUSALS[fate]
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                self.wfile.write(body if self.command != "HEAD" else b"")
                 return
             connection = http.client.HTTPConnection(host, timeout=30)
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import pathlib
 import shutil
@@ -20,22 +21,59 @@ import numpy as np
 import pytest
 
 from evolve import api
+from evolve.baseline import BaselinePlan, Method, baseline_file
 from evolve.data.task import TaskData
 from evolve.errors import ClusterError, SettingsError
 from evolve.generation import GenerationPlan
+from evolve.journal import read_journal
 from evolve.lineage import lineage_hash
 from evolve.search import SilentObserver
 from evolve.store import System
 from evolve.training import ray_cluster, ray_trainer
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.ray_trainer import RayTrainer
+from evolve.verification import verify
 from tests.evolve.training.test_workers import DATA, PLAN, SETTINGS, make_system, plan_of
 from tests.support.processes import TOP, environment, lives
+from tests.support.stores import BUCKET, CREDENTIALS, machine, s3_server, use_s3
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """What nodes share.
+
+    Attributes:
+        address: of an S3-compatible server.
+        caches: folder of each node for working copies.
+        is_full: whether the disk of the second has no room.
+    """
+
+    address: str
+    caches: tuple[pathlib.Path, pathlib.Path]
+    is_full: bool
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A cluster whose head takes no work, with two nodes that have room for a worker each."""
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    folder = tmp_path_factory.mktemp("caches")
+    caches = (folder / "roomy", folder / "full")
+    caches[1].mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(caches[1])]
+    # Where mounting is not permitted, all that is left out is the full disk.
+    is_full = shutil.which("mount") is not None and not subprocess.run(mount, capture_output=True, check=False).returncode
+    try:
+        if is_full:
+            (caches[1] / "filler").write_bytes(bytes(4096))
+        with s3_server() as address:
+            yield Store(address, caches, is_full)
+    finally:
+        if is_full:
+            subprocess.run(["umount", "--lazy", str(caches[1])], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(store: Store) -> Iterator[Any]:
+    """A cluster whose head takes no work, with two nodes that have room for a worker each, and nothing but the store between them."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -47,8 +85,9 @@ def cluster() -> Iterator[Any]:
     soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": soon})
     try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
+        for cache in store.caches:
+            asks = {**CREDENTIALS, "AWS_ENDPOINT_URL": store.address, "MUNET_CACHE": str(cache)}
+            cluster.add_node(num_cpus=1, env_vars=asks)
         cluster.wait_for_nodes()
         yield cluster
     finally:
@@ -72,7 +111,7 @@ def settings_of(cluster: Any, **changes: Any) -> Any:
 
 def worker_at_work(trainer: RayTrainer) -> Any:
     """Returns a worker that is at something, or else one that waits."""
-    return max((worker for worker in trainer._workers if worker.node), key=lambda worker: worker.job is not None)
+    return max((worker for worker in trainer._workers if worker.is_ready), key=lambda worker: worker.job is not None)
 
 
 def lose_node(cluster: Any, trainer: RayTrainer) -> None:
@@ -126,7 +165,7 @@ def test_what_a_straggler_is_at_is_done_by_another_and_comes_once(
     told: list[str] = []
     trainer = RayTrainer(system, DATA, settings_of(cluster), told.append)
     # Until both work.
-    while sum(worker.node is not None for worker in trainer._workers) < 2:
+    while sum(worker.is_ready for worker in trainer._workers) < 2:
         assert len(list(trainer.train(plan_of(2)))) == 2
     stopped = trainer._workers[0].process
     os.kill(stopped, signal.SIGSTOP)
@@ -202,7 +241,7 @@ def test_an_error_of_a_pack_comes_back_as_it_is(cluster: Any, system: System) ->
 def test_workers_end_with_their_trainer(cluster: Any, system: System) -> None:
     trainer = RayTrainer(system, DATA, settings_of(cluster, workers=1))
     assert len(list(trainer.train(plan_of(2)))) == 2
-    processes = [worker.process for worker in trainer._workers if worker.node]
+    processes = [worker.process for worker in trainer._workers if worker.is_ready]
     assert processes
     del trainer
     assert_gone(processes)
@@ -238,6 +277,41 @@ def test_workers_end_with_a_search_that_is_killed(cluster: Any, system: System, 
     process.stdout.close()
     assert len(workers) == 1
     assert_gone(workers)
+
+
+def test_machines_with_nothing_but_object_storage_between_them_one_with_a_full_disk(
+    cluster: Any, store: Store, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search and a baseline come out as in one process with a folder; what fills no disk takes part."""
+    use_s3(monkeypatch, store.address)
+    alone = make_system(tmp_path / "alone")
+    single = dataclasses.replace(PLAN, training=SETTINGS.model_copy(update={"workers": 1}))
+    told: list[str] = []
+    plan = dataclasses.replace(PLAN, training=settings_of(cluster))
+    method = Method.parse("adapters:8")
+    with machine(tmp_path / "driver"):
+        system = make_system(f"s3://{BUCKET}/ray")
+        spread = RayTrainer(system, DATA, plan.training, told.append)
+        while store.is_full and not spread._refused:
+            list(spread.train(plan_of(2)))
+        for one, its, trainer in ((system, plan, spread), (alone, single, OneByOneTrainer(DATA, alone.tensors, SETTINGS))):
+            make = functools.partial(lambda trainer, *_: trainer, trainer)
+            api.run_tasks(one, [DATA], its, make_trainer=make)
+            api.run_baselines(one, [DATA], method, BaselinePlan(its, num_tasks=1, replicas=2), make_trainer=make)
+        assert lineage_hash(system) == lineage_hash(alone)
+        closes = [read_journal(baseline_file(one, method, "easy"))[-1] for one in (system, alone)]
+        assert closes[0]["path_id"] == closes[1]["path_id"]
+        assert closes[0]["test_accuracy"] == closes[1]["test_accuracy"]
+        # What a baseline trained was carried to whoever examined it, and is no part of the store.
+        trained = {file.stem for file in system.folder.glob("layers/*/*")} - {
+            name.rpartition("/")[2].partition(".")[0] for name in system._objects.names("layers")
+        }
+        assert trained
+        assert verify(system) == []
+    at_roomy = {file.stem for file in store.caches[0].rglob("layers/*/*.safetensors")}
+    assert system.root.layer_ids | trained <= at_roomy
+    refusals = [sentence for sentence in told if "No space left on device) on node" in sentence]
+    assert len(refusals) == store.is_full, told
 
 
 # The last one that needs the cluster.

@@ -10,19 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from evolve import api
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
-from evolve.errors import WorkersDiedError
+from evolve.errors import SystemFolderError, WorkersDiedError
 from evolve.generation import GenerationPlan, PackResult
 from evolve.lineage import lineage_hash
 from evolve.path import ordered_positions
 from evolve.search import SearchPlan
-from evolve.store import System
+from evolve.store import Location, System
 from evolve.training import workers
 from evolve.training.one_by_one import OneByOneTrainer
 from evolve.training.workers import WorkersTrainer
@@ -39,7 +40,7 @@ PLAN = SearchPlan(
 )
 
 
-def make_system(folder: pathlib.Path) -> System:
+def make_system(folder: Location) -> System:
     root = TinyRoot()
     placed = [(position, root.layers[position]) for position in ordered_positions(NUM_BLOCKS, (), with_head=False)]
     return System.create(folder, {position: (layer.spec, root.stored[layer.id]) for position, layer in placed}, IMAGE_SIZE)
@@ -122,6 +123,61 @@ def test_an_error_of_a_pack_comes_back_as_it_is(system: System) -> None:
     trainer = WorkersTrainer(system, DATA, SETTINGS)
     with pytest.raises(ValueError, match="'other'"):
         list(trainer.train(dataclasses.replace(plan_of(2), task="other")))
+
+
+class _Sick(list):
+    """Images at which other processes meet an error of their GPU, so many times."""
+
+    def __init__(self, images: Sequence[Any], marks: pathlib.Path, times: int) -> None:
+        super().__init__(images)
+        self.marks, self.times, self.owner = marks, times, os.getpid()
+
+    def __iter__(self) -> Iterator[Any]:
+        number = len(list(self.marks.iterdir()))
+        if os.getpid() != self.owner and number < self.times:
+            (self.marks / str(number)).touch()
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_worker_with_an_error_of_its_gpu_starts_anew_and_what_it_was_at_runs_again(
+    system: System, tmp_path: pathlib.Path, times: int
+) -> None:
+    (tmp_path / "marks").mkdir()
+    images = _Sick(DATA.train.images, tmp_path / "marks", times)
+    data = dataclasses.replace(DATA, train=dataclasses.replace(DATA.train, images=images))
+    trainer = WorkersTrainer(system, data, SETTINGS.model_copy(update={"workers": 1}))
+    if times == 3:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            list(trainer.train(plan_of(1)))
+    else:
+        assert sorted(one.index for pack in trainer.train(plan_of(2)) for one in pack.children) == [0, 1]
+    assert len(list((tmp_path / "marks").iterdir())) == times
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["0", "1", "0"]), ("3,5", ["3", "5", "3"])])
+def test_each_worker_has_a_gpu_of_its_own_as_far_as_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = []
+    for number in range(3):
+        with monkeypatch.context() as patch:
+            patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            if visible is not None:
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            workers._choose_gpu(number)
+            found.append(os.environ.pop("CUDA_VISIBLE_DEVICES"))
+    assert found == expected
+
+
+def test_what_keeps_workers_from_beginning_is_said(system: System) -> None:
+    """As a store that is not reached, or a full disk: it is no death for want of memory."""
+    trainer = WorkersTrainer(system, DATA, SETTINGS.model_copy(update={"workers": 1}))
+    system.folder.rename(system.folder.with_name("elsewhere"))
+    with pytest.raises(SystemFolderError, match="found no system in"):
+        list(trainer.train(plan_of(1)))
 
 
 def test_workers_end_with_the_process_that_started_them(system: System, tmp_path: pathlib.Path) -> None:
