@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from munet.names import similar_names
+from server.access import current_grant
 from server.config import Limits
 from server.engine import Engine, Logits, Question
 from server.errors import LimitError, UnknownTaskError
@@ -96,7 +97,7 @@ class Classifier:
 
         Args:
             image: which.
-            task_names: which; none means every task that is served.
+            task_names: which; none means every task that is served and exists for the caller.
             top_k: as in `classify`.
             deadline_seconds: as in `classify`.
 
@@ -107,7 +108,7 @@ class Classifier:
         if task_names:
             _check_count("tasks", len(task_names), self._limits.max_tasks, "ask for the rest in further requests")
         with self._reloader.lease() as generation:
-            tasks = [find_task(generation, name) for name in task_names] or list(generation.tasks.values())
+            tasks = [find_task(generation, name) for name in task_names] or visible_tasks(generation)
             if not tasks:
                 return TaskAnswers(generation.number, ())
             # Named twice, a task is asked once and answers twice.
@@ -133,9 +134,9 @@ class Classifier:
                 future.cancel()
 
     def tasks(self) -> tuple[int, list[Task]]:
-        """Returns the number of the generation that serves and its tasks in ascending order of name."""
+        """Returns the number of the generation that serves and its tasks that exist for the caller, in ascending order of name."""
         with self._reloader.lease() as generation:
-            return generation.number, list(generation.tasks.values())
+            return generation.number, visible_tasks(generation)
 
     def task(self, name: str) -> tuple[int, Task]:
         """Returns the number of the generation that serves and one of its tasks.
@@ -147,16 +148,23 @@ class Classifier:
             return generation.number, find_task(generation, name)
 
 
+def visible_tasks(generation: Generation) -> list[Task]:
+    """Returns a generation's tasks that exist for the caller, in ascending order of name."""
+    return list(current_grant().visible(generation.tasks).values())
+
+
 def find_task(generation: Generation, name: str) -> Task:
     """Returns a generation's task by name.
 
     Raises:
-        UnknownTaskError: it has no such task; the error names similar ones.
+        UnknownTaskError: it has no such task, or none that exists for the caller; the error names similar ones.
     """
+    grant = current_grant()
     task = generation.tasks.get(name)
-    if task is None:
+    if task is None or not grant.sees(name):
+        visible = grant.visible(generation.tasks)
         # Likeness costs time that grows with the name's length, and no task's name is longer than 64.
-        raise UnknownTaskError(name, similar_names(name[:64], generation.tasks), len(generation.tasks))
+        raise UnknownTaskError(name, similar_names(name[:64], visible), len(visible))
     return task
 
 

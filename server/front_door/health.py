@@ -13,6 +13,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from server.access import current_grant
+
 _Response = health_pb2.HealthCheckResponse
 
 
@@ -56,8 +58,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._notify()
 
     def status(self, service: str) -> Any:
-        """Returns the status of a service or task."""
-        if service not in self._services and service not in self._tasks:
+        """Returns the status of a service, or of a task that exists for the caller."""
+        if service not in self._services and not (service in self._tasks and current_grant().sees(service)):
             return _Response.SERVICE_UNKNOWN
         return _Response.SERVING if self._serving and not self._paused else _Response.NOT_SERVING
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import grpc
 
 from server.errors import (
+    AccessError,
     DeadlineError,
     EndpointError,
     EngineClosedError,
+    ForbiddenError,
     OverloadedError,
     RepositoryError,
     RequestError,
@@ -21,6 +23,8 @@ from server.errors import (
 STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
     UnknownTaskError: grpc.StatusCode.NOT_FOUND,
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    AccessError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
