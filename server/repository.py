@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 import numpy as np
 from google.protobuf import json_format
@@ -33,6 +34,11 @@ _DATA_TYPES: dict[int, str] = {
     generation_pb2.DATA_TYPE_FLOAT32: "float32",
     generation_pb2.DATA_TYPE_FLOAT16: "float16",
 }
+
+_PUBLISHED = re.compile(
+    r"seg-[0-9a-f]{12}/1/model\.onnx|[a-z0-9][a-z0-9_-]*(\.[0-9a-f]+)?/(config\.pbtxt|labels(_[a-z0-9_-]+)?\.txt)|golden-[0-9]+\.[0-9a-f]+\.npy"
+)
+"""Paths that a generation may name: nothing that anybody would run."""
 
 _Signature = tuple[int, int, int, int] | None
 
@@ -60,11 +66,11 @@ class Repository:
             RepositoryError: CURRENT cannot be read or holds no number.
         """
         try:
-            with (self.root / CURRENT).open("rb") as file:
+            with _inside(self.root, CURRENT).open("rb") as file:
                 text = file.read(64)
         except (FileNotFoundError, NotADirectoryError):
             raise NoGenerationError(self.root) from None
-        except OSError as error:
+        except (OSError, RuntimeError, _OutsideError) as error:
             raise RepositoryError(f"{self.root / CURRENT}: found {error}, expected a readable file") from error
         if not text.strip().isdigit():
             raise RepositoryError(
@@ -134,10 +140,14 @@ class Repository:
         name = f"generation-{number}.json"
         advice = "publish again, or write the number of a whole generation to CURRENT"
         try:
-            with (self.root / name).open("rb") as file:
+            with _inside(self.root, name).open("rb") as file:
                 content = file.read(_MAX_MANIFEST_BYTES)
-        except OSError as error:
-            return None, "", [Finding(name, error.strerror or str(error), "the file that CURRENT names", advice)]
+        except (OSError, RuntimeError, _OutsideError) as error:
+            return (
+                None,
+                "",
+                [Finding(name, getattr(error, "strerror", None) or str(error), "the file that CURRENT names", advice)],
+            )
         try:
             values = json.loads(content)
             if not isinstance(values, dict):
@@ -158,13 +168,12 @@ class Repository:
 
     def _verify_files(self, message: generation_pb2.Generation) -> list[Finding]:
         findings: list[Finding] = []
-        root = self.root.resolve()
         listed = set()
         for file in message.files:
             if file.path in listed:
                 findings.append(Finding(f"files: {file.path}", "it twice", "each file once"))
             listed.add(file.path)
-            finding = self._verify_file(root, file)
+            finding = self._verify_file(file)
             if finding is not None:
                 findings.append(finding)
         # What earlier generations needed is forgotten once it outweighs what this one needs.
@@ -174,17 +183,17 @@ class Repository:
         findings += [Finding(f"files: {needed}", "no entry", expected) for needed in sorted(_needed_files(message) - listed)]
         return findings
 
-    def _verify_file(self, root: pathlib.Path, file: generation_pb2.File) -> Finding | None:
+    def _verify_file(self, file: generation_pb2.File) -> Finding | None:
         where = f"files: {file.path[:200]!r}"
         if not _is_plain(file.path):
             return Finding(where, "a path that leaves the repository", "a relative path with / and without . or ..")
+        if not _PUBLISHED.fullmatch(file.path):
+            return Finding(
+                where, "a file of another kind", "ONNX models, configs, labels and golden images, named as they are published"
+            )
         path = self.root / file.path
         try:
-            resolved = path.resolve(strict=True)
-            if not resolved.is_relative_to(root):
-                return Finding(where, f"a link to {str(resolved)!r}", "a file inside the repository")
-            if not resolved.is_file():
-                return Finding(where, "something that is no file", "a file")
+            resolved = _inside(self.root, file.path)
             signature = _signature(path)
             known = self._hashes.get(file.path)
             if known is None or signature is None or known[0] != signature:
@@ -192,6 +201,8 @@ class Repository:
                     # The signature taken before is kept: if the file changed meanwhile, it is hashed again next time.
                     known = (signature, hashlib.file_digest(content, "sha256").hexdigest())
                 self._hashes[file.path] = known
+        except _OutsideError as error:
+            return Finding(where, str(error), "a file inside the repository")
         except (OSError, RuntimeError) as error:
             return Finding(where, getattr(error, "strerror", None) or str(error), "a readable file", "publish again")
         if signature is not None and signature[3] != file.num_bytes:
@@ -201,7 +212,10 @@ class Repository:
         return None
 
     def _to_generation(self, message: generation_pb2.Generation, digest: str) -> Generation:
-        segments = {segment.name: self._to_segment(segment) for segment in sorted(message.segments, key=lambda s: s.name)}
+        checksums = {file.path: file.sha256 for file in message.files}
+        segments = {
+            segment.name: self._to_segment(segment, checksums) for segment in sorted(message.segments, key=lambda s: s.name)
+        }
         tasks = {task.name: self._to_task(task) for task in sorted(message.tasks, key=lambda t: t.name)}
         ensembles = {ensemble.image_size: ensemble.name for ensemble in message.multi_task_ensembles}
         return Generation(
@@ -212,7 +226,7 @@ class Repository:
             ensembles=types.MappingProxyType(ensembles),
         )
 
-    def _to_segment(self, segment: generation_pb2.Segment) -> Segment:
+    def _to_segment(self, segment: generation_pb2.Segment, checksums: Mapping[str, str]) -> Segment:
         return Segment(
             name=segment.name,
             model=self.root / model_path(segment.name),
@@ -220,6 +234,7 @@ class Repository:
             output=_to_tensor_spec(segment.output),
             max_batch_size=segment.max_batch_size,
             num_parameters=segment.num_parameters,
+            sha256=checksums[model_path(segment.name)],
         )
 
     def _to_task(self, task: generation_pb2.Task) -> Task:
@@ -291,6 +306,25 @@ def _needed_files(message: generation_pb2.Generation) -> set[str]:
 
 def _to_tensor_spec(spec: generation_pb2.TensorSpec) -> TensorSpec:
     return TensorSpec(spec.name, _DATA_TYPES.get(spec.data_type, "unspecified"), tuple(spec.shape))
+
+
+class _OutsideError(Exception):
+    """Something that is no file inside the repository."""
+
+
+def _inside(root: pathlib.Path, path: str) -> pathlib.Path:
+    """Returns where a file of the repository really lies.
+
+    Raises:
+        OSError, RuntimeError: it is not there, or links go in a circle.
+        _OutsideError: it lies elsewhere, or is no file: whoever opened a pipe would wait for ever.
+    """
+    resolved = (root / path).resolve(strict=True)
+    if not resolved.is_relative_to(root.resolve()):
+        raise _OutsideError(f"a link to {str(resolved)!r}")
+    if not resolved.is_file():
+        raise _OutsideError("something that is no file")
+    return resolved
 
 
 def _is_plain(path: str) -> bool:
