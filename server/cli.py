@@ -40,7 +40,7 @@ from server.generation import Generation
 from server.metrics import Metrics, MetricsEndpoint
 from server.preprocessing import Preprocessor
 from server.reload import Reloader
-from server.repository import Repository
+from server.repository import Repository, read_keys
 from server.results import Classification, ServerStatus
 from server.tokens import TokenFile, add_line, line_of, new_token
 from server.triton.engine import TritonEngine
@@ -68,6 +68,15 @@ token_app = typer.Typer(help="Makes bearer tokens.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
+SignatureOption = Annotated[
+    list[pathlib.Path] | None,
+    typer.Option(
+        "--require-signature",
+        metavar="FILE",
+        help="Public key (PEM); only generations that it signed are taken. Repeat for several, any of which will do.",
+        show_default="none",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, or cuda, which needs an NVIDIA GPU and the extra 'cuda'.", show_default="cpu")
 ]
@@ -156,7 +165,8 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
                 tritons.follow(generation)
 
         retry_seconds = settings.triton.retry_seconds if tritons is not None else None
-        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload, retry_seconds)
+        repository = Repository(settings.repository, read_keys(settings.require_signature))
+        reloader = Reloader(repository, engine, on_swap, metrics.count_reload, retry_seconds)
         stack.push_async_callback(reloader.close)
         await reloader.reload()
         preprocessor = Preprocessor(settings.num_decode_threads, settings.limits.image)
@@ -240,6 +250,7 @@ def serve(
     grace: Annotated[
         float | None, typer.Option(help="Seconds for requests in flight to finish at shutdown.", show_default="10")
     ] = None,
+    require_signature: SignatureOption = None,
     tokens: Annotated[
         pathlib.Path | None,
         typer.Option(help="File of bearer tokens' hashes; nobody is answered without one.", show_default="none"),
@@ -277,6 +288,7 @@ def serve(
         "watch_interval_seconds": watch_interval,
         "drain_seconds": drain,
         "grace_seconds": grace,
+        "require_signature": require_signature or None,
         "tokens.file": tokens,
         "tls.certificate_file": certificate_file,
         "tls.key_file": key_file,
@@ -290,10 +302,14 @@ def serve(
 
 
 @app.command()
-def check(repository: RepositoryOption = pathlib.Path("model_repository"), device: DeviceOption = None) -> None:
+def check(
+    repository: RepositoryOption = pathlib.Path("model_repository"),
+    device: DeviceOption = None,
+    require_signature: SignatureOption = None,
+) -> None:
     """Verifies a model repository: checksums, configs, ensembles, segments, golden answers. Names every fault."""
     settings = read_settings(None, {"engine.device": device}).engine
-    reader = Repository(repository)
+    reader = Repository(repository, read_keys(require_signature or ()))
     number = reader.current_number()
     engine = EmbeddedEngine(settings)
     try:
@@ -436,6 +452,7 @@ def run(
     cache: Annotated[
         int, typer.Option(min=0, metavar="MIB", help="Memory for answers of segments published with --response-cache.")
     ] = 0,
+    require_signature: SignatureOption = None,
     log: Annotated[
         pathlib.Path | None, typer.Option(help="File that Triton's own log is added to.", show_default="a temporary one")
     ] = None,
@@ -451,7 +468,7 @@ def run(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    reader = Repository(repository)
+    reader = Repository(repository, read_keys(require_signature or ()))
     generation = read_generation(reader) if load else None
     if generation is None:
         reader.current_number()

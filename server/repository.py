@@ -13,14 +13,15 @@ import os
 import pathlib
 import re
 import types
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from google.protobuf import json_format
 
+from munet.signatures import SIGNATURE_BYTES, PublicKey, is_signed, read_public_key, signature_name
 from munet.v1 import generation_pb2
 from server import verification
-from server.errors import Finding, GenerationRefusedError, NewerFormatError, NoGenerationError, RepositoryError
+from server.errors import Finding, GenerationRefusedError, NewerFormatError, NoGenerationError, RepositoryError, SettingsError
 from server.generation import Generation, Golden, Segment, Task, TensorSpec
 
 FORMAT = 1
@@ -51,10 +52,12 @@ class Repository:
 
     Args:
         root: the repository's folder.
+        keys: only generations that one of them signed are read; none means all.
     """
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, keys: Sequence[PublicKey] = ()) -> None:
         self.root = root
+        self._keys = tuple(keys)
         self._hashes: dict[str, tuple[_Signature, str]] = {}
         self._configs = verification.ConfigCache()
 
@@ -85,7 +88,7 @@ class Repository:
             number = self.current_number()
         except RepositoryError as error:
             return str(error)
-        return number, _signature(self.root / f"generation-{number}.json")
+        return number, _signature(self.root / f"generation-{number}.json"), _signature(self.root / signature_name(number))
 
     def fingerprint_of_files(self) -> Hashable:
         """Returns a value that changes when any file of the current generation changes, appears or goes."""
@@ -98,7 +101,7 @@ class Repository:
             return self.fingerprint()
 
     def read(self, number: int | None = None) -> Generation:
-        """Reads and verifies a generation: its own form, every file's checksum, routes' shapes, Triton's configs.
+        """Reads and verifies a generation: its signature, its own form, every file's checksum, routes' shapes, Triton's configs.
 
         Args:
             number: which one; none means the current one.
@@ -148,6 +151,10 @@ class Repository:
                 "",
                 [Finding(name, getattr(error, "strerror", None) or str(error), "the file that CURRENT names", advice)],
             )
+        unsigned = self._check_signature(number, content) if self._keys else None
+        if unsigned is not None:
+            # Nothing of it is even parsed.
+            return None, "", [unsigned]
         try:
             values = json.loads(content)
             if not isinstance(values, dict):
@@ -165,6 +172,19 @@ class Repository:
         if message.number != number:
             findings.append(Finding(f"{name}: number", repr(message.number), str(number), advice))
         return message, hashlib.sha256(content).hexdigest(), findings
+
+    def _check_signature(self, number: int, content: bytes) -> Finding | None:
+        name = signature_name(number)
+        expected = f"the signature of generation-{number}.json by one of {len(self._keys)} keys"
+        advice = "sign it with `munet-evolve export --sign KEYFILE`, or make its public key one of --require-signature"
+        try:
+            with _inside(self.root, name).open("rb") as file:
+                signature = file.read(SIGNATURE_BYTES + 1)
+        except (OSError, RuntimeError, _OutsideError) as error:
+            return Finding(name, getattr(error, "strerror", None) or str(error), expected, advice)
+        if not is_signed(content, signature, self._keys):
+            return Finding(name, "what none of them signed", expected, advice)
+        return None
 
     def _verify_files(self, message: generation_pb2.Generation) -> list[Finding]:
         findings: list[Finding] = []
@@ -285,6 +305,23 @@ def published_models(root: pathlib.Path) -> PublishedModels:
         return PublishedModels(models[f"generation-{current}.json"], frozenset().union(*models.values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RepositoryError(f"{root}: found {error!r}, expected generations that can be read") from error
+
+
+def read_keys(files: Iterable[pathlib.Path]) -> tuple[PublicKey, ...]:
+    """Returns the public keys in some files, one in each.
+
+    Raises:
+        SettingsError: one cannot be read or holds no such key.
+    """
+    keys = []
+    for file in files:
+        try:
+            keys.append(read_public_key(file.read_bytes()))
+        except OSError as error:
+            raise SettingsError("require_signature", str(file), f"a readable file ({error.strerror or error})") from error
+        except ValueError as error:
+            raise SettingsError("require_signature", str(file), str(error)) from error
+    return tuple(keys)
 
 
 def model_path(segment: str) -> str:
