@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -57,7 +56,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     """Asks every call for its token and says to what comes after it what the caller may do, see `server.access`.
 
     Comes before every other interceptor. A call that is refused is never parsed, nor is its message received. A stream whose token
-    stops being valid ends before its next answer.
+    stops being valid ends before its next message or answer.
 
     Args:
         tokens: who may call.
@@ -101,11 +100,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         return grant
 
     def _refusal(self, method: str, error: AccessError) -> grpc.RpcMethodHandler[Any, Any]:
-        status = status_of(error)
-
         async def refuse(_: Any, context: Context) -> AsyncIterator[bytes]:
-            self._metrics.count_call(method.removeprefix("munet.v1."), status.name, 0.0)
-            await context.abort(status, str(error))
+            self._count(method, error)
+            await context.abort(status_of(error), str(error))
             yield b""
 
         # To the caller every kind of call looks alike, and of a stream gRPC receives nothing that nobody asks for.
@@ -116,21 +113,65 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Returns a handler of a stream of answers that ends once the token does not grant the same any more."""
         behaviour: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
-        if not inspect.isasyncgenfunction(behaviour):
-            return handler
 
-        async def watched(request: Any, context: Context) -> AsyncIterator[Any]:
-            started = time.monotonic()
+        def is_valid() -> bool:
+            return self._tokens.tokens.find(token) == grant
+
+        async def end(context: Context) -> None:
+            error = UnauthenticatedError()
+            self._count(method, error)
+            await context.abort(status_of(error), str(error))
+
+        async def yielding(request: Any, context: Context) -> AsyncIterator[Any]:
             async for answer in behaviour(request, context):
-                if self._tokens.tokens.find(token) != grant:
-                    error = UnauthenticatedError()
-                    status = status_of(error)
-                    self._metrics.count_call(method.removeprefix("munet.v1."), status.name, time.monotonic() - started)
-                    await context.abort(status, str(error))
+                if not is_valid():
+                    await end(context)
                 yield answer
 
+        async def writing(request: Any, context: Context) -> None:
+            watched = _WatchedContext(context, is_valid)
+            await behaviour(request, watched)
+            if watched.is_over:
+                await end(context)
+
+        watched = yielding if inspect.isasyncgenfunction(behaviour) else writing
         make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         return make(watched, handler.request_deserializer, handler.response_serializer)
+
+    def _count(self, method: str, error: AccessError) -> None:
+        self._metrics.count_call(method.removeprefix("munet.v1.").removeprefix("inference."), status_of(error).name, 0.0)
+
+
+class _WatchedContext:
+    """The context of a stream whose handler reads and writes itself. Once the token is not valid, the stream has no more messages and
+    what is written goes nowhere.
+
+    Args:
+        context: gRPC's.
+        is_valid: whether the token still is.
+    """
+
+    def __init__(self, context: Context, is_valid: Callable[[], bool]) -> None:
+        self._context = context
+        self._is_valid = is_valid
+        self.is_over = False
+
+    async def read(self) -> Any:
+        """Returns the next message, or gRPC's mark of the end."""
+        message = await self._context.read()
+        return grpc.aio.EOF if self._ends() else message
+
+    async def write(self, message: Any) -> None:
+        """Sends an answer."""
+        if not self._ends():
+            await self._context.write(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def _ends(self) -> bool:
+        self.is_over = self.is_over or not self._is_valid()
+        return self.is_over
 
 
 def _token_of(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:

@@ -15,7 +15,7 @@ from google.protobuf import message
 
 from server.config import Limits
 from server.errors import DeadlineError, MalformedRequestError, OverloadedError, UnavailableError
-from server.front_door.status import INTERNAL_TEXT, status_of, trailing_metadata_of
+from server.front_door.status import INTERNAL_TEXT, status_of, trailing_metadata_of, words_of
 from server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Edge(grpc.aio.ServerInterceptor):
         except Exception as error:
             # The edge of the process: whatever happened, the caller gets a status and the server goes on.
             status = status_of(error)
-            details = shortened(str(error))
+            details = shortened(words_of(error))
             if status is grpc.StatusCode.INTERNAL:
                 error_id = secrets.token_hex(6)
                 _log.error("%s failed, id %s", method, error_id, exc_info=error)

@@ -10,6 +10,7 @@ from server.errors import (
     EndpointError,
     EngineClosedError,
     ForbiddenError,
+    NoEndpointError,
     OverloadedError,
     RepositoryError,
     RequestError,
@@ -35,6 +36,9 @@ STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
 
 INTERNAL_TEXT = "the server failed to answer; its log says why under the id {id}"
 
+LOST_TEXT = "what computes here cannot be reached now; try again later, or ask another server"
+"""Where Tritons are is no business of whoever asks questions. The log has it, and Status on the admin address."""
+
 RETRY_KEY = "retry-after-ms"
 """Trailing metadata of RESOURCE_EXHAUSTED: when another try makes sense, in milliseconds."""
 
@@ -45,6 +49,11 @@ def status_of(error: BaseException) -> grpc.StatusCode:
         if cls in STATUS_OF_ERROR:
             return STATUS_OF_ERROR[cls]
     return grpc.StatusCode.INTERNAL
+
+
+def words_of(error: BaseException) -> str:
+    """Returns what a caller is told of an error: its own words, without the addresses of what computes."""
+    return LOST_TEXT if isinstance(error, EndpointError | NoEndpointError) else str(error)
 
 
 def trailing_metadata_of(error: BaseException) -> tuple[tuple[str, str], ...]:

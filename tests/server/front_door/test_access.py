@@ -273,7 +273,7 @@ def eventually(holds: object, timeout_seconds: float = 5.0) -> bool:
 
 
 class _Ticking:
-    """A service whose one call answers for ever."""
+    """A service whose calls answer for ever: one yields, one reads and writes."""
 
     def __init__(self) -> None:
         self.role: Role | None = None
@@ -284,16 +284,22 @@ class _Ticking:
             yield b"tick"
             await asyncio.sleep(0.01)
 
+    async def echo(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            self.role = current_grant().role
+            await context.write(message)
+
     def add_to(self, server: grpc.aio.Server) -> None:
-        method = grpc.unary_stream_rpc_method_handler(self.tick)
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("munet.v1.InferenceService", {"WatchTasks": method}),)
-        )
+        methods = {
+            "WatchTasks": grpc.unary_stream_rpc_method_handler(self.tick),
+            "ClassifyStream": grpc.stream_stream_rpc_method_handler(self.echo),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("munet.v1.InferenceService", methods),))
 
 
-def test_a_stream_ends_when_its_token_does(root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "tokens.toml"
-    write(file)
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> _Ticking:
+    """Has the front door offer two streams more."""
     ticking = _Ticking()
     add = front_door.inference_pb2_grpc.add_InferenceServiceServicer_to_server
 
@@ -302,19 +308,53 @@ def test_a_stream_ends_when_its_token_does(root: pathlib.Path, tmp_path: pathlib
         add(servicer, server)
 
     monkeypatch.setattr(front_door.inference_pb2_grpc, "add_InferenceServiceServicer_to_server", add_both)
+    return ticking
+
+
+def refused(stream: Iterator[bytes]) -> tuple[str, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        for _ in stream:
+            pass
+    return caught.value.code().name, caught.value.details()
+
+
+def test_a_stream_of_answers_ends_when_its_token_does(root: pathlib.Path, tmp_path: pathlib.Path, ticking: _Ticking) -> None:
+    file = tmp_path / "tokens.toml"
+    write(file)
     method = "/munet.v1.InferenceService/WatchTasks"
     with serving(root, tokens=TokenSettings(file=file)) as server, grpc.insecure_channel(server.address) as channel:
-        with pytest.raises(grpc.RpcError) as caught:
-            next(channel.unary_stream(method)(b""))
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert refused(channel.unary_stream(method)(b"")) == ("UNAUTHENTICATED", UNKNOWN_WORDS)
         stream = channel.unary_stream(method)(b"", metadata=(("authorization", f"Bearer {FEW}"),), timeout=20)
         assert [next(stream) for _ in range(3)] == [b"tick"] * 3
         assert ticking.role is Role.INFER
         threading.Timer(0.1, lambda: file.write_text("[tokens]\n")).start()
-        with pytest.raises(grpc.RpcError) as caught:
-            for _ in stream:
-                pass
-        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAUTHENTICATED, UNKNOWN_WORDS)
+        assert refused(stream) == ("UNAUTHENTICATED", UNKNOWN_WORDS)
+
+
+def test_a_stream_of_messages_ends_when_its_token_does(root: pathlib.Path, tmp_path: pathlib.Path, ticking: _Ticking) -> None:
+    file = tmp_path / "tokens.toml"
+    write(file)
+    method = "/munet.v1.InferenceService/ClassifyStream"
+    sent = 0
+
+    def messages() -> Iterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield b"message"
+            time.sleep(0.01)
+
+    with serving(root, tokens=TokenSettings(file=file)) as server, grpc.insecure_channel(server.address) as channel:
+        assert refused(channel.stream_stream(method)(iter([b"a"]), metadata=(("authorization", f"Bearer {READ}"),))) == (
+            "PERMISSION_DENIED",
+            SMALL_WORDS,
+        )
+        stream = channel.stream_stream(method)(messages(), metadata=(("authorization", f"Bearer {FEW}"),), timeout=20)
+        assert [next(stream) for _ in range(3)] == [b"message"] * 3
+        assert ticking.role is Role.INFER
+        threading.Timer(0.1, lambda: file.write_text("[tokens]\n")).start()
+        assert refused(stream) == ("UNAUTHENTICATED", UNKNOWN_WORDS)
+    assert 3 < sent < 2000
 
 
 def test_refusals_are_counted_and_no_stranger_makes_new_series(
