@@ -112,6 +112,8 @@ class FrontDoor:
             ("grpc.max_connection_idle_ms", _milliseconds(bounds.idle_seconds)),
             ("grpc.keepalive_time_ms", _milliseconds(bounds.keepalive_seconds)),
             ("grpc.keepalive_timeout_ms", _milliseconds(bounds.keepalive_timeout_seconds)),
+            # Without it gRPC waits a minute for the answer, whatever the line above says.
+            ("grpc.http2.ping_timeout_ms", _milliseconds(bounds.keepalive_timeout_seconds)),
             ("grpc.keepalive_permit_without_calls", 1),
             # Otherwise a second server on the same port would silently get half of the first one's calls.
             ("grpc.so_reuseport", 0),
