@@ -176,6 +176,10 @@ class _Publisher:
         generation = self._generation(segmentation, tasks, messages, new)
         changed = self._differs(generation)
         if changed:
+            if self._repository.leaves_signatures:
+                self._tell(
+                    f"generation {generation.number} is not signed, as the one before was: who requires signatures refuses it"
+                )
             self._repository.publish(generation)
             self._tell(f"published generation {generation.number} of {len(tasks)} tasks")
         else:

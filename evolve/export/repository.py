@@ -85,6 +85,11 @@ class Repository:
         """The generation that servers are to answer from, if there is one; whoever signs has only what the same key signed."""
         return self.generations.get(self.current) if self.current in self._trusted else None
 
+    @property
+    def leaves_signatures(self) -> bool:
+        """Whether the current generation is signed and what is published now will not be."""
+        return self._signing_key is None and (self.folder / signature_name(self.current)).exists()
+
     def intact(self, path: str) -> generation_pb2.File | None:
         """Returns what some generation says of a file if the file is as it says; else None. Whoever signs has only what the same key
         signed.

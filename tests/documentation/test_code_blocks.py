@@ -79,8 +79,8 @@ def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path, python: path
     if faults:
         raise PageError("\n".join(faults))
     with Stranger(folder, hub_cache, python) as stranger:
-        if page == "docs/triton.md":
-            # It goes on where another page ends, which takes its time.
+        if page in ("docs/triton.md", "docs/security.md"):
+            # They go on where another page ends, which takes its time.
             publish_first_tasks(folder / "model_repository")
         for block in found:
             stranger.run(block)

@@ -69,7 +69,9 @@ def test_what_the_same_key_signed_is_used_again(signed: Published) -> None:
 def test_signatures_are_collected_with_their_generations(signed: Published) -> None:
     for number in range(2, 6):
         add_task(signed.system, "another", TaskSketch(classes=4 + number))
-        export_system(signed.system, signed.repository, signing_key=KEY if number != 4 else None)
+        told: list[str] = []
+        export_system(signed.system, signed.repository, signing_key=KEY if number != 4 else None, progress=told.append)
+        assert any("is not signed, as the one before was" in line for line in told) is (number == 4)
     check_whole(signed.repository)
     assert sorted(file.name for file in signed.repository.glob("generation-*")) == [
         "generation-3.json",
