@@ -31,6 +31,7 @@ class Certificates:
         key_file: its key, PEM.
         client_ca_file: authorities, one of which must have signed a client's certificate, PEM; none lets in every client.
         on_read: called after each further reading, with whether it was whole; from a thread of gRPC's.
+        client_ca_setting: what `client_ca_file` is called, for errors.
 
     Attributes:
         credentials: what gRPC listens with. Keep this object as long as the server: gRPC asks it again and again.
@@ -45,11 +46,13 @@ class Certificates:
         key_file: pathlib.Path,
         client_ca_file: pathlib.Path | None,
         on_read: Callable[[bool], None],
+        client_ca_setting: str = "tls.client_ca_file",
     ) -> None:
         self._certificate_file = certificate_file
         self._key_file = key_file
         self._client_ca_file = client_ca_file
         self._on_read = on_read
+        self._client_ca_setting = client_ca_setting
         self._seen = self._state()
         # The stubs deny that None, for no news, may be answered.
         news: Callable[[], Any] = self._news
@@ -92,8 +95,8 @@ class Certificates:
             raise SettingsError(f"tls.certificate_file {self._certificate_file}", found, "a certificate that is valid now")
         authorities = None
         if self._client_ca_file is not None:
-            authorities = _read_file("tls.client_ca_file", self._client_ca_file)
-            _certificates("tls.client_ca_file", self._client_ca_file, authorities)
+            authorities = _read_file(self._client_ca_setting, self._client_ca_file)
+            _certificates(self._client_ca_setting, self._client_ca_file, authorities)
         return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
 
 
@@ -106,7 +109,10 @@ def certificates_of(tls: TlsSettings, on_read: Callable[[bool], None]) -> tuple[
     if tls.certificate_file is None or tls.key_file is None:
         return None, None
     questions = Certificates(tls.certificate_file, tls.key_file, tls.client_ca_file, on_read)
-    return questions, Certificates(tls.certificate_file, tls.key_file, tls.admin_client_ca_file, on_read)
+    administration = Certificates(
+        tls.certificate_file, tls.key_file, tls.admin_client_ca_file, on_read, "tls.admin_client_ca_file"
+    )
+    return questions, administration
 
 
 def _certificates(setting: str, file: pathlib.Path, content: bytes) -> list[x509.Certificate]:

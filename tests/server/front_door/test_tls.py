@@ -187,6 +187,14 @@ def test_a_server_with_bad_certificates_does_not_start(root: pathlib.Path, pki: 
         raise AssertionError("it serves")
 
 
+def test_authorities_of_administrators_are_called_by_their_name(root: pathlib.Path, pki: Pki) -> None:
+    with (
+        pytest.raises(SettingsError, match="tls.admin_client_ca_file: found"),
+        serving(root, tls=settings(pki, admin_client_ca_file=pki.folder / "none.pem")),
+    ):
+        raise AssertionError("it serves")
+
+
 def test_clients_are_told_what_is_wrong_with_their_files(pki: Pki) -> None:
     with pytest.raises(SettingsError, match="ca_file: found .*none.pem.* expected a readable file"):
         Client("localhost:1", credentials=Credentials(ca_file=pki.folder / "none.pem"))
