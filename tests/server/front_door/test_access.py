@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 import server.front_door.server as front_door
 from munet.v1 import admin_pb2, inference_pb2
@@ -146,12 +147,26 @@ def test_each_role_makes_its_calls_and_no_others(server: ServerThread, call: str
 
 
 def test_every_call_there_is_has_a_role_or_is_administration() -> None:
-    services = (inference_pb2.DESCRIPTOR.services_by_name["InferenceService"], health_pb2.DESCRIPTOR.services_by_name["Health"])
-    for service in services:
-        for method in service.methods:
-            assert f"{service.full_name}/{method.name}" in ROLE_OF_METHOD
-    for method in admin_pb2.DESCRIPTOR.services_by_name["AdminService"].methods:
-        assert f"munet.v1.AdminService/{method.name}" not in ROLE_OF_METHOD
+    """Also those of the Open Inference Protocol, whose names are somebody else's."""
+    administration = {
+        *(f"munet.v1.AdminService/{method.name}" for method in admin_pb2.DESCRIPTOR.services_by_name["AdminService"].methods),
+        *(
+            f"inference.GRPCInferenceService/{name}"
+            for name in ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
+        ),
+        *(
+            f"inference.GRPCInferenceService/{memory}SharedMemory{what}"
+            for memory in ("System", "Cuda")
+            for what in ("Status", "Register", "Unregister")
+        ),
+    }
+    there = {
+        f"{service.full_name}/{method.name}"
+        for file in (inference_pb2, admin_pb2, health_pb2, service_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+    assert there - ROLE_OF_METHOD.keys() == administration
 
 
 def test_a_task_of_others_is_one_that_does_not_exist(server: ServerThread) -> None:
