@@ -1,4 +1,4 @@
-"""The Open Inference Protocol heeds tokens as the server's own calls do. Where the front door does not speak it, there is nothing to test."""
+"""The Open Inference Protocol heeds tokens as the server's own calls do. Without it there is nothing to test."""
 
 from __future__ import annotations
 
