@@ -34,6 +34,7 @@ from munet.names import check_task_name, similar_names
 if TYPE_CHECKING:
     from evolve.export.publish import PublishResult
     from evolve.root import LoadedRoot
+    from munet.signatures import PrivateKey
 
 AnyPath = str | os.PathLike[str]
 """A file or folder."""
@@ -346,6 +347,7 @@ def publish(
     precision: Precision = "float32",
     coarseness: Coarseness | None = None,
     response_cache: bool = False,
+    signing_key: PrivateKey | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PublishResult:
     """Publishes every task's current path to a model repository, as `munet-evolve export` does.
@@ -358,6 +360,7 @@ def publish(
         coarseness: what coarse segments are chosen by, such as `Coarseness(ENGINE_COSTS["triton"])` of evolve.export.coarsening; without
             it, segments are as long as sharing allows.
         response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
+        signing_key: signs the generation, see `evolve.signing.read_signing_key`; without it, there is no signature.
         progress: takes a sentence about each step.
 
     Raises:
@@ -373,6 +376,7 @@ def publish(
         precision=precision,
         coarseness=coarseness,
         response_cache=response_cache,
+        signing_key=signing_key,
         progress=progress,
     )
 

@@ -41,6 +41,7 @@ from evolve.watch import Watcher, follow, view
 
 if TYPE_CHECKING:
     from evolve.tensorboard import TensorBoardObserver
+    from munet.signatures import PrivateKey
 
 app = typer.Typer(
     add_completion=False,
@@ -49,6 +50,9 @@ app = typer.Typer(
     help="Evolves classification tasks from one pretrained Vision Transformer: each task gets a path of layers that are reused "
     "frozen, cloned and trained, adapted or left out. What other tasks use never changes.",
 )
+
+key_app = typer.Typer(help="Makes keys that sign generations.", no_args_is_help=True)
+app.add_typer(key_app, name="key")
 
 SystemLocation = Annotated[
     str,
@@ -68,6 +72,10 @@ TasksPerImageOption = Annotated[
 ]
 MemoryFactorOption = Annotated[
     float, typer.Option(min=1, help="With coarse segments: most memory of all pieces, times that of the shared segments.")
+]
+SignOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--sign", metavar="KEYFILE", help="Sign what is published with this ed25519 key (PEM).", show_default="none"),
 ]
 ExperimentFile = Annotated[
     pathlib.Path, typer.Argument(metavar="EXPERIMENT.toml", help="Settings: root, tasks, search, training.")
@@ -109,6 +117,7 @@ def run(
     segments: SegmentsOption = "shared",
     tasks_per_image: TasksPerImageOption = 1,
     memory_factor: MemoryFactorOption = 2.0,
+    sign: SignOption = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start unfinished rounds over; their journals are kept in journal/removed.")
     ] = False,
@@ -128,6 +137,9 @@ def run(
     form = _Form.of("cpu", precision, segments, tasks_per_image, memory_factor)
     if restart and recover:
         raise SettingsError("found --restart and --recover", "one of them")
+    if sign is not None and repository is None:
+        raise SettingsError("found --sign without --repository", "a repository to publish to")
+    signing_key = _signing_key(sign)
     training = {"device": device, "workers": workers, "executor": executor, "address": address}
     settings = _override(api.load_experiment(experiment), rounds=rounds, seed=seed, training=training)
     plan = SearchPlan.of(settings)
@@ -137,7 +149,7 @@ def run(
 
     def publish(_task: str = "") -> None:
         if repository is not None:
-            console.print(_export(prepared.system, repository, form, console), highlight=False, soft_wrap=True)
+            console.print(_export(prepared.system, repository, form, console, signing_key), highlight=False, soft_wrap=True)
 
     def tell_aside(name: str, file: pathlib.Path) -> None:
         does = "starts over" if restart else "goes on from what is whole"
@@ -367,10 +379,26 @@ def export(
         bool,
         typer.Option("--response-cache", help="Let a Triton that has a cache keep what the segments answer that take the image."),
     ] = False,
+    sign: SignOption = None,
 ) -> None:
     """Publish every task's current path to a model repository, as a new generation."""
     form = _Form.of(target, precision, segments, tasks_per_image, memory_factor, response_cache=response_cache)
-    typer.echo(_export(System.open(system), repository, form, rich.console.Console()))
+    signing_key = _signing_key(sign)
+    typer.echo(_export(System.open(system), repository, form, rich.console.Console(), signing_key))
+
+
+@key_app.command()
+def new(
+    file: Annotated[pathlib.Path, typer.Argument(metavar="KEYFILE", help="Where to write the private key; it must not exist.")],
+) -> None:
+    """Make a key that signs generations, and beside it KEYFILE.pub, which servers require signatures of.
+
+    Whoever has KEYFILE can publish to those servers: keep it where you publish, and there alone.
+    """
+    from evolve.signing import write_new_key
+
+    public = write_new_key(file)
+    typer.echo(f"{file}: private key, for --sign; {public}: public key, for `munet-server serve --require-signature`")
 
 
 def main() -> None:
@@ -493,11 +521,21 @@ def _one_of(name: str, value: str, allowed: Sequence[Any]) -> Any:
     return value
 
 
+def _signing_key(file: pathlib.Path | None) -> PrivateKey | None:
+    """Returns the key that signs, read before anything takes time."""
+    if file is None:
+        return None
+    from evolve.signing import read_signing_key
+
+    return read_signing_key(file)
+
+
 def _export(
     system: System,
     repository: pathlib.Path,
     form: _Form,
     console: rich.console.Console,
+    signing_key: PrivateKey | None,
 ) -> str:
     """Publishes, telling what is under way, and returns what was done in words."""
     with publishing(console, repository) as tell:
@@ -508,13 +546,15 @@ def _export(
             precision=form.precision,
             coarseness=form.coarseness,
             response_cache=form.response_cache,
+            signing_key=signing_key,
             progress=tell,
         )
     choice = "" if result.choice is None else f"\n{repository}: {result.choice}"
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date{choice}"
     return (
-        f"{repository}: published generation {result.generation}, {counted(len(result.new_segments), 'new segment')}, "
+        f"{repository}: published generation {result.generation}{', signed' if signing_key else ''}, "
+        f"{counted(len(result.new_segments), 'new segment')}, "
         f"{len(result.reused_segments)} as before, {result.seconds:.1f} s{choice}"
     )
 

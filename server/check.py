@@ -8,6 +8,7 @@ from server.errors import Finding, SegmentLoadError
 from server.generation import Generation
 from server.reload import rehearse
 from server.repository import Repository
+from server.strays import find_strays
 from server.triton.container import check_versions
 from server.verification import check_alias
 
@@ -16,7 +17,7 @@ def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[
     """Checks a repository's current generation.
 
     Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and what only a
-    Triton would notice: the aliases, and ONNX files that are too new for its container.
+    Triton would notice: the aliases, what nobody published in the models' folders, and ONNX files that are too new for its container.
 
     Args:
         repository: what to check.
@@ -34,6 +35,7 @@ def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[
         return None, findings
     for task in generation.tasks.values():
         findings += check_alias(repository.root, task)
+    findings += find_strays(repository.root, generation)
     findings += check_versions(generation)
     try:
         engine.load(generation)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from munet.names import similar_names
+from server.access import current_grant
 from server.config import Limits
 from server.engine import Engine, Logits, Question
 from server.errors import ImageRefusedError, LimitError, UnknownTaskError, UnknownVersionError
@@ -115,7 +116,7 @@ class Classifier:
 
         Args:
             image: which.
-            task_names: which; none means every task that is served.
+            task_names: which; none means every task that is served and exists for the caller.
             top_k: as in `classify`.
             deadline_seconds: as in `classify`.
 
@@ -126,7 +127,7 @@ class Classifier:
         if task_names:
             check_count("tasks", len(task_names), self._limits.max_tasks, "ask for the rest in further requests")
         with self._reloader.lease() as generation:
-            tasks = [find_task(generation, name) for name in task_names] or list(generation.tasks.values())
+            tasks = [find_task(generation, name) for name in task_names] or visible_tasks(generation)
             if not tasks:
                 return TaskAnswers(generation.number, ())
             # Named twice, a task is asked once and answers twice.
@@ -153,9 +154,9 @@ class Classifier:
                 future.cancel()
 
     def tasks(self) -> tuple[int, list[Task]]:
-        """Returns the number of the generation that serves and its tasks in ascending order of name."""
+        """Returns the number of the generation that serves and its tasks that exist for the caller, in ascending order of name."""
         with self._reloader.lease() as generation:
-            return generation.number, list(generation.tasks.values())
+            return generation.number, visible_tasks(generation)
 
     def task(self, name: str, version: str = "") -> tuple[int, Task]:
         """Returns the number of the generation that serves and one of its tasks.
@@ -168,6 +169,11 @@ class Classifier:
             return generation.number, find_task(generation, name, version)
 
 
+def visible_tasks(generation: Generation) -> list[Task]:
+    """Returns a generation's tasks that exist for the caller, in ascending order of name."""
+    return list(current_grant().visible(generation.tasks).values())
+
+
 def find_task(generation: Generation, name: str, version: str = "") -> Task:
     """Returns a generation's task by name.
 
@@ -177,13 +183,15 @@ def find_task(generation: Generation, name: str, version: str = "") -> Task:
         version: the generation's number, in digits; empty means any.
 
     Raises:
-        UnknownTaskError: it has no such task; the error names similar ones.
+        UnknownTaskError: it has no such task, or none that exists for the caller; the error names similar ones.
         UnknownVersionError: the generation has another number.
     """
+    grant = current_grant()
     task = generation.tasks.get(name)
-    if task is None:
+    if task is None or not grant.sees(name):
+        visible = grant.visible(generation.tasks)
         # Likeness costs time that grows with the name's length, and no task's name is longer than 64.
-        raise UnknownTaskError(name, similar_names(name[:64], generation.tasks), len(generation.tasks))
+        raise UnknownTaskError(name, similar_names(name[:64], visible), len(visible))
     if version and version != str(generation.number):
         raise UnknownVersionError(version, generation.number)
     return task

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -23,20 +25,25 @@ from server.check import check as check_repository
 from server.classification import Classifier
 from server.client import AdminClient, Client
 from server.config import MAX_THREADS, MIB, ServerSettings, check_address, read_settings
+from server.credentials import Credentials
 from server.embedded.engine import EmbeddedEngine
 from server.engine import Engine
 from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
+from server.exposure import check_exposure
+from server.front_door.doorkeeper import Doorkeeper
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.open_inference import STREAM_FAILURES, OpenInferenceServicer
 from server.front_door.server import ADMIN_SERVICE, QUESTION_SERVICES, FrontDoor
 from server.front_door.servicers import AdminServicer, InferenceServicer
+from server.front_door.tls import certificates_of
 from server.generation import Generation
 from server.metrics import Metrics, MetricsEndpoint
 from server.preprocessing import Preprocessor
 from server.reload import Reloader
-from server.repository import Repository
+from server.repository import Repository, read_keys
 from server.results import Classification, ServerStatus
+from server.tokens import TokenFile, add_line, line_of, new_token
 from server.triton.engine import TritonEngine
 from server.triton.environment import DEFAULT_FOLDER, find_environment
 from server.triton.environment import install as install_triton
@@ -58,12 +65,46 @@ app = typer.Typer(
 triton_app = typer.Typer(help="Runs a real Triton on a model repository.", no_args_is_help=True)
 app.add_typer(triton_app, name="triton")
 
+token_app = typer.Typer(help="Makes bearer tokens.", no_args_is_help=True)
+app.add_typer(token_app, name="token")
+
 RepositoryOption = Annotated[pathlib.Path, typer.Option("--repository", help="The model repository.")]
+SignatureOption = Annotated[
+    list[pathlib.Path] | None,
+    typer.Option(
+        "--require-signature",
+        metavar="FILE",
+        help="Public key (PEM); only generations that it signed are taken. Repeat for several, any of which will do.",
+        show_default="none",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, or cuda, which needs an NVIDIA GPU and the extra 'cuda'.", show_default="cpu")
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout", help="Deadline of each call, in seconds.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TlsOption = Annotated[bool, typer.Option("--tls", help="Speak TLS and trust the authorities that gRPC knows.")]
+CaOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--ca-file", help="Speak TLS and trust these authorities only (PEM).", show_default=False),
+]
+CertificateOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--certificate-file", help="Certificate to show a server that asks for one (PEM).", show_default=False),
+]
+KeyOption = Annotated[pathlib.Path | None, typer.Option("--key-file", help="Its key (PEM).", show_default=False)]
+ServerNameOption = Annotated[
+    str | None,
+    typer.Option("--server-name", help="Name in the server's certificate, where it is not the host's.", show_default=False),
+]
+TokenOption = Annotated[
+    pathlib.Path | None, typer.Option("--token-file", help="File with a bearer token.", show_default="the variable MUNET_TOKEN")
+]
+PlainTextOption = Annotated[
+    bool, typer.Option("--plain-text-token", help="Let the token cross a network without TLS; a proxy here may speak it.")
+]
+TOKEN_VARIABLE = "MUNET_TOKEN"
+"""The environment variable that holds a client's token where no file is named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +143,20 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
     Raises:
         ServerError: the repository cannot be served or an address cannot be listened on.
     """
+    settings = check_exposure(settings)
     async with contextlib.AsyncExitStack() as stack:
         engine: Engine
         tritons = TritonEngine(settings) if settings.engine.kind == "triton" else None
         engine = tritons or EmbeddedEngine(settings.engine)
         stack.push_async_callback(asyncio.to_thread, engine.close)
         metrics = Metrics(engine.statistics)
+        doorkeeper = None
+        if settings.tokens.file is not None:
+            tokens = TokenFile(settings.tokens.file, functools.partial(metrics.count_reread, "tokens"))
+            doorkeeper = Doorkeeper(tokens, metrics)
+            look_at_tokens = asyncio.create_task(tokens.watch(settings.watch_interval_seconds))
+            stack.callback(look_at_tokens.cancel)
+        certificates = certificates_of(settings.tls, functools.partial(metrics.count_reread, "certificates"))
         health = Health((*QUESTION_SERVICES, ADMIN_SERVICE))
 
         def on_swap(generation: Generation) -> None:
@@ -117,7 +166,8 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
                 tritons.follow(generation)
 
         retry_seconds = settings.triton.retry_seconds if tritons is not None else None
-        reloader = Reloader(Repository(settings.repository), engine, on_swap, metrics.count_reload, retry_seconds)
+        repository = Repository(settings.repository, read_keys(settings.require_signature))
+        reloader = Reloader(repository, engine, on_swap, metrics.count_reload, retry_seconds)
         stack.push_async_callback(reloader.close)
         await reloader.reload()
         preprocessor = Preprocessor(settings.num_decode_threads, settings.limits.image)
@@ -135,6 +185,8 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
             AdminServicer(reloader, engine, tritons.endpoints if tritons is not None else tuple),
             health,
             Edge(settings.limits, metrics, STREAM_FAILURES),
+            doorkeeper,
+            certificates,
         )
         await front_door.start()
         stack.push_async_callback(front_door.stop, settings.drain_seconds, settings.grace_seconds)
@@ -174,7 +226,10 @@ def serve(
         str | None, typer.Option(help="HOST:PORT for questions; port 0 for any free one.", show_default="127.0.0.1:8500")
     ] = None,
     admin_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for administration; keep it on loopback.", show_default="127.0.0.1:8501")
+        str | None,
+        typer.Option(
+            help="HOST:PORT for administration; beyond loopback only with authentication.", show_default="127.0.0.1:8501"
+        ),
     ] = None,
     metrics_listen: Annotated[
         str | None, typer.Option(help="HOST:PORT for Prometheus metrics over HTTP.", show_default="none")
@@ -197,6 +252,23 @@ def serve(
     grace: Annotated[
         float | None, typer.Option(help="Seconds for requests in flight to finish at shutdown.", show_default="10")
     ] = None,
+    require_signature: SignatureOption = None,
+    tokens: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="File of bearer tokens' hashes; nobody is answered without one.", show_default="none"),
+    ] = None,
+    certificate_file: Annotated[
+        pathlib.Path | None, typer.Option(help="The server's certificate (PEM); it then speaks TLS.", show_default="none")
+    ] = None,
+    key_file: Annotated[pathlib.Path | None, typer.Option(help="Its key (PEM).", show_default="none")] = None,
+    client_ca_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Authorities (PEM); who asks questions needs a certificate of theirs.", show_default="none"),
+    ] = None,
+    admin_client_ca_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Authorities (PEM); who administers needs a certificate of theirs.", show_default="none"),
+    ] = None,
     settings: Annotated[
         pathlib.Path | None, typer.Option(help="TOML file with any of server.config.ServerSettings; flags override it.")
     ] = None,
@@ -218,6 +290,12 @@ def serve(
         "watch_interval_seconds": watch_interval,
         "drain_seconds": drain,
         "grace_seconds": grace,
+        "require_signature": require_signature or None,
+        "tokens.file": tokens,
+        "tls.certificate_file": certificate_file,
+        "tls.key_file": key_file,
+        "tls.client_ca_file": client_ca_file,
+        "tls.admin_client_ca_file": admin_client_ca_file,
     }
     told = read_settings(settings, overrides)
     if told.triton.endpoints and told.engine.kind != "triton":
@@ -226,10 +304,14 @@ def serve(
 
 
 @app.command()
-def check(repository: RepositoryOption = pathlib.Path("model_repository"), device: DeviceOption = None) -> None:
+def check(
+    repository: RepositoryOption = pathlib.Path("model_repository"),
+    device: DeviceOption = None,
+    require_signature: SignatureOption = None,
+) -> None:
     """Verifies a model repository: checksums, configs, ensembles, segments, golden answers. Names every fault."""
     settings = read_settings(None, {"engine.device": device}).engine
-    reader = Repository(repository)
+    reader = Repository(repository, read_keys(require_signature or ()))
     number = reader.current_number()
     engine = EmbeddedEngine(settings)
     try:
@@ -253,11 +335,19 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
     as_json: JsonOption = False,
     timeout: TimeoutOption = 30.0,
+    tls: TlsOption = False,
+    ca_file: CaOption = None,
+    certificate_file: CertificateOption = None,
+    key_file: KeyOption = None,
+    server_name: ServerNameOption = None,
+    token_file: TokenOption = None,
+    plain_text_token: PlainTextOption = False,
 ) -> None:
     """Asks a server about images: one line for each image and task, with the most probable classes."""
     _check_address_option("--server", server)
+    credentials = _credentials(tls, ca_file, certificate_file, key_file, server_name, token_file, plain_text_token)
     answers = []
-    with Client(server) as client:
+    with Client(server, credentials=credentials) as client:
         for file in files:
             try:
                 result = client.classify_tasks(file, task or (), top_k=top, timeout_seconds=timeout)
@@ -282,10 +372,18 @@ def status(
     admin: Annotated[str, typer.Option(help="HOST:PORT of the server's admin address.")] = "127.0.0.1:8501",
     as_json: JsonOption = False,
     timeout: TimeoutOption = 30.0,
+    tls: TlsOption = False,
+    ca_file: CaOption = None,
+    certificate_file: CertificateOption = None,
+    key_file: KeyOption = None,
+    server_name: ServerNameOption = None,
+    token_file: TokenOption = None,
+    plain_text_token: PlainTextOption = False,
 ) -> None:
     """Shows what a server serves, how its last reload went and what its engine computed once."""
     _check_address_option("--admin", admin)
-    with AdminClient(admin) as client:
+    credentials = _credentials(tls, ca_file, certificate_file, key_file, server_name, token_file, plain_text_token)
+    with AdminClient(admin, credentials=credentials) as client:
         answer = client.status(timeout_seconds=timeout)
     print(json.dumps(dataclasses.asdict(answer), indent=2, default=str) if as_json else _status_text(answer))
 
@@ -294,12 +392,45 @@ def status(
 def reload_(
     admin: Annotated[str, typer.Option(help="HOST:PORT of the server's admin address.")] = "127.0.0.1:8501",
     timeout: TimeoutOption = 600.0,
+    tls: TlsOption = False,
+    ca_file: CaOption = None,
+    certificate_file: CertificateOption = None,
+    key_file: KeyOption = None,
+    server_name: ServerNameOption = None,
+    token_file: TokenOption = None,
+    plain_text_token: PlainTextOption = False,
 ) -> None:
     """Has a server serve its repository's current generation now, and says whether it did."""
     _check_address_option("--admin", admin)
-    with AdminClient(admin) as client:
+    credentials = _credentials(tls, ca_file, certificate_file, key_file, server_name, token_file, plain_text_token)
+    with AdminClient(admin, credentials=credentials) as client:
         answer = client.reload(timeout_seconds=timeout)
     print(f"serving generation {answer.generation}" + ("" if answer.changed else ", as before"))
+
+
+@token_app.command()
+def new(
+    role: Annotated[str, typer.Option(help="read, infer or admin: what it may do; each includes those before it.")],
+    name: Annotated[str, typer.Option(help="What people call it; one name, one token.")] = "token",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task that it is for, or a pattern such as 'flowers-*'; repeat for several.", show_default="all"),
+    ] = None,
+    add_to: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", help="Add its line to this file of tokens, made if missing.")
+    ] = None,
+) -> None:
+    """Makes a token and prints it, once: nothing keeps it. Then the line for the server's file of tokens, which holds its hash.
+
+    With --add-to, the line goes into the file, and the token alone is printed.
+    """
+    token = new_token()
+    line = line_of(name, role, token, task or ())
+    if add_to is None:
+        print(f"{token}\n{line}", end="")
+    else:
+        add_line(add_to, line)
+        print(token)
 
 
 @triton_app.command()
@@ -323,6 +454,7 @@ def run(
     cache: Annotated[
         int, typer.Option(min=0, metavar="MIB", help="Memory for answers of segments published with --response-cache.")
     ] = 0,
+    require_signature: SignatureOption = None,
     log: Annotated[
         pathlib.Path | None, typer.Option(help="File that Triton's own log is added to.", show_default="a temporary one")
     ] = None,
@@ -338,7 +470,7 @@ def run(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    reader = Repository(repository)
+    reader = Repository(repository, read_keys(require_signature or ()))
     generation = read_generation(reader) if load else None
     if generation is None:
         reader.current_number()
@@ -383,6 +515,24 @@ def _check_address_option(option: str, address: str) -> None:
         check_address(address)
     except ValueError as error:
         raise SettingsError(option, address, str(error)) from error
+
+
+def _credentials(
+    tls: bool,
+    ca_file: pathlib.Path | None,
+    certificate_file: pathlib.Path | None,
+    key_file: pathlib.Path | None,
+    server_name: str | None,
+    token_file: pathlib.Path | None,
+    plain_text_token: bool,
+) -> Credentials:
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token_file is not None:
+        try:
+            token = token_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError("--token-file", str(token_file), f"a file with a token ({error})") from error
+    return Credentials(tls, ca_file, certificate_file, key_file, server_name, token, plain_text_token)
 
 
 def _counted(number: int, noun: str) -> str:

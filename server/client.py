@@ -20,7 +20,9 @@ import grpc.aio
 
 from server import calls
 from server.calls import DEFAULT_TIMEOUT_SECONDS, Call, Image
+from server.credentials import Credentials
 from server.errors import (
+    CallDeniedError,
     CallError,
     CallRefusedError,
     CallTimeoutError,
@@ -48,6 +50,7 @@ __all__ = [
     "AdminClient",
     "AsyncAdminClient",
     "AsyncClient",
+    "CallDeniedError",
     "CallError",
     "CallRefusedError",
     "CallTimeoutError",
@@ -55,6 +58,7 @@ __all__ = [
     "ClassifyResult",
     "ClassifyTasksResult",
     "Client",
+    "Credentials",
     "Image",
     "LabelProbability",
     "ReloadReport",
@@ -71,13 +75,18 @@ __all__ = [
 ]
 
 _MAX_MESSAGE_BYTES = 1 << 30
-_OPTIONS = (("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES))
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+)
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[CallError]] = {
     grpc.StatusCode.NOT_FOUND: TaskNotFoundError,
     grpc.StatusCode.INVALID_ARGUMENT: CallRefusedError,
     grpc.StatusCode.FAILED_PRECONDITION: CallRefusedError,
     grpc.StatusCode.UNIMPLEMENTED: CallRefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: CallDeniedError,
+    grpc.StatusCode.PERMISSION_DENIED: CallDeniedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: CallTimeoutError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusyError,
     grpc.StatusCode.UNAVAILABLE: ServerUnreachableError,
@@ -112,12 +121,22 @@ class _Blocking:
 
     Args:
         server: HOST:PORT.
-        channel: an open channel to use instead, such as one with TLS; it is closed with the client.
+        channel: an open channel to use instead; it is closed with the client.
+        credentials: TLS and token; none means plain text and no token.
+
+    Raises:
+        SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
-    def __init__(self, server: str, channel: grpc.Channel | None = None) -> None:
+    def __init__(self, server: str, channel: grpc.Channel | None = None, credentials: Credentials | None = None) -> None:
         self.server = server
-        self._channel = channel or grpc.insecure_channel(server, _OPTIONS)
+        credentials = credentials or Credentials()
+        self._metadata = credentials.metadata(server if channel is None else None)
+        if channel is None:
+            tls = _channel_credentials(credentials)
+            options = _options(credentials)
+            channel = grpc.secure_channel(server, tls, options) if tls else grpc.insecure_channel(server, options)
+        self._channel = channel
 
     def send(self, call: Call[_T]) -> _T:
         """Sends a call.
@@ -127,7 +146,7 @@ class _Blocking:
         """
         method = self._channel.unary_unary(call.method, type(call.request).SerializeToString, call.response.FromString)
         try:
-            return call.read(method(call.request, timeout=call.timeout_seconds))
+            return call.read(method(call.request, timeout=call.timeout_seconds, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _to_call_error(self.server, call.method, error) from error
 
@@ -147,12 +166,22 @@ class _Awaited:
 
     Args:
         server: HOST:PORT.
-        channel: an open channel to use instead, such as one with TLS; it is closed with the client.
+        channel: an open channel to use instead; it is closed with the client.
+        credentials: TLS and token; none means plain text and no token.
+
+    Raises:
+        SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
-    def __init__(self, server: str, channel: grpc.aio.Channel | None = None) -> None:
+    def __init__(self, server: str, channel: grpc.aio.Channel | None = None, credentials: Credentials | None = None) -> None:
         self.server = server
-        self._channel = channel or grpc.aio.insecure_channel(server, _OPTIONS)
+        credentials = credentials or Credentials()
+        self._metadata = credentials.metadata(server if channel is None else None)
+        if channel is None:
+            tls = _channel_credentials(credentials)
+            options = _options(credentials)
+            channel = grpc.aio.secure_channel(server, tls, options) if tls else grpc.aio.insecure_channel(server, options)
+        self._channel = channel
 
     async def send(self, call: Call[_T]) -> _T:
         """Sends a call.
@@ -162,7 +191,7 @@ class _Awaited:
         """
         method = self._channel.unary_unary(call.method, type(call.request).SerializeToString, call.response.FromString)
         try:
-            return call.read(await method(call.request, timeout=call.timeout_seconds))
+            return call.read(await method(call.request, timeout=call.timeout_seconds, metadata=self._metadata))
         except grpc.RpcError as error:
             raise _to_call_error(self.server, call.method, error) from error
 
@@ -184,7 +213,11 @@ class Client(_Blocking):
 
     Args:
         server: HOST:PORT.
-        channel: an open channel to use instead, such as one with TLS; it is closed with the client.
+        channel: an open channel to use instead; it is closed with the client.
+        credentials: TLS and token; none means plain text and no token.
+
+    Raises:
+        SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
     classify = _blocking(calls.classify)
@@ -198,7 +231,11 @@ class AsyncClient(_Awaited):
 
     Args:
         server: HOST:PORT.
-        channel: an open channel to use instead, such as one with TLS; it is closed with the client.
+        channel: an open channel to use instead; it is closed with the client.
+        credentials: TLS and token; none means plain text and no token.
+
+    Raises:
+        SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
     classify = _awaited(calls.classify)
@@ -213,6 +250,10 @@ class AdminClient(_Blocking):
     Args:
         server: HOST:PORT of the admin service.
         channel: an open channel to use instead; it is closed with the client.
+        credentials: TLS and token; none means plain text and no token.
+
+    Raises:
+        SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
     status = _blocking(calls.status)
@@ -225,10 +266,27 @@ class AsyncAdminClient(_Awaited):
     Args:
         server: HOST:PORT of the admin service.
         channel: an open channel to use instead; it is closed with the client.
+        credentials: TLS and token; none means plain text and no token.
+
+    Raises:
+        SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
     status = _awaited(calls.status)
     reload = _awaited(calls.reload)
+
+
+def _channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials | None:
+    """Returns what a channel with TLS needs; None for plain text."""
+    if not credentials.speaks_tls:
+        return None
+    authorities, key, chain = credentials.read()
+    return grpc.ssl_channel_credentials(authorities, key, chain)
+
+
+def _options(credentials: Credentials) -> tuple[tuple[str, int | str], ...]:
+    name = credentials.server_name
+    return _OPTIONS if name is None else (*_OPTIONS, ("grpc.ssl_target_name_override", name))
 
 
 def _to_call_error(server: str, method: str, error: grpc.RpcError) -> CallError:

@@ -14,7 +14,10 @@ from munet.preprocessing import ImageLimits
 from munet.settings import findings, validate
 from server.errors import SettingsError
 
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+_SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
+"""What gRPC takes for a kind of address where a host should stand: `unix:8500` would be a socket in a file."""
+
 MIB = 1024 * 1024
 MAX_THREADS = 512
 """More than any one machine computes on, and few enough for every machine to start."""
@@ -30,7 +33,7 @@ def check_address(address: str) -> str:
         ValueError: it is not; the message says what is expected.
     """
     match = _ADDRESS.fullmatch(address)
-    if match is None or int(match.group(1)) > 65535:
+    if match is None or int(match.group(2)) > 65535 or match.group(1).lower() in _SCHEMES:
         raise ValueError("HOST:PORT such as 127.0.0.1:8500, with port 0 for any free one")
     return address
 
@@ -68,6 +71,57 @@ class Limits(_Settings):
     def image(self) -> ImageLimits:
         """The limits of one image, as preprocessing takes them."""
         return ImageLimits(self.max_image_bytes, self.max_image_pixels, formats=("JPEG", "PNG", "WEBP", "BMP"))
+
+
+class ConnectionSettings(_Settings):
+    """What is borne from whoever connects, before anything is asked. For each of the two addresses by itself.
+
+    Attributes:
+        max_connections: connections open at once; more are closed as they come.
+        max_calls: calls open at once on one connection; a client's further calls wait at the client.
+        max_metadata_bytes: greatest metadata of a call.
+        handshake_seconds: a connection that is not set up by then is closed.
+        idle_seconds: a connection without a call for so long is closed; a client opens another when it needs one.
+        keepalive_seconds: a connection that is silent for so long is asked whether anybody is there.
+        keepalive_timeout_seconds: and closed if nobody says so by then.
+    """
+
+    max_connections: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = 4096
+    max_calls: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = 1024
+    max_metadata_bytes: Annotated[int, pydantic.Field(ge=1024, le=65536)] = 8192
+    handshake_seconds: Annotated[float, pydantic.Field(gt=0, le=86400)] = 10.0
+    idle_seconds: Annotated[float, pydantic.Field(gt=0, le=86400)] = 600.0
+    keepalive_seconds: Annotated[float, pydantic.Field(ge=1, le=86400)] = 60.0
+    keepalive_timeout_seconds: Annotated[float, pydantic.Field(gt=0, le=86400)] = 20.0
+
+
+class TlsSettings(_Settings):
+    """Certificates, all PEM. They are read again when the files change; a connection keeps what it began with.
+
+    Attributes:
+        certificate_file: the server's certificate, followed by those between it and its authority; with it, both addresses speak TLS.
+        key_file: its key, without a passphrase.
+        client_ca_file: authorities; whoever asks questions needs a certificate of one of them.
+        admin_client_ca_file: the same for whoever administers.
+    """
+
+    certificate_file: pathlib.Path | None = None
+    key_file: pathlib.Path | None = None
+    client_ca_file: pathlib.Path | None = None
+    admin_client_ca_file: pathlib.Path | None = None
+
+
+class TokenSettings(_Settings):
+    """Who may call, by bearer token.
+
+    Attributes:
+        file: the tokens' hashes and what each may do, see `server.tokens`; with it, nothing but health is answered without a token. It is
+            read again when it changes.
+        allow_plain_text: whether tokens may cross a network in plain text, as where something before this server speaks TLS.
+    """
+
+    file: pathlib.Path | None = None
+    allow_plain_text: bool = False
 
 
 class EngineSettings(_Settings):
@@ -155,14 +209,18 @@ class ServerSettings(_Settings):
     Attributes:
         repository: the model repository.
         listen: address of the inference service; port 0 for any free one.
-        admin_listen: address of the admin service. Whoever reaches it may reload: keep it on loopback.
+        admin_listen: address of the admin service. Other than on loopback it needs tokens or `tls.admin_client_ca_file`.
         metrics_listen: address of Prometheus metrics over HTTP; none by default.
         decode_threads: threads that decode and resize images; 0 means one for each CPU this process may use.
         watch_interval_seconds: how often CURRENT is looked at.
         drain_seconds: at shutdown, how long requests are still accepted after health says NOT_SERVING, so that load balancers look
             away first.
         grace_seconds: at shutdown, how long requests in flight may take to finish.
+        require_signature: files of public keys (ed25519, PEM); with them, only generations that one of them signed are served.
         limits: what is accepted from a stranger.
+        connections: what is borne from whoever connects.
+        tls: certificates.
+        tokens: who may call.
         engine: what computes, and how.
         triton: the Tritons, if they are what computes.
     """
@@ -175,7 +233,11 @@ class ServerSettings(_Settings):
     watch_interval_seconds: pydantic.PositiveFloat = 0.2
     drain_seconds: pydantic.NonNegativeFloat = 0.5
     grace_seconds: pydantic.NonNegativeFloat = 10.0
+    require_signature: tuple[pathlib.Path, ...] = ()
     limits: Limits = Limits()
+    connections: ConnectionSettings = ConnectionSettings()
+    tls: TlsSettings = TlsSettings()
+    tokens: TokenSettings = TokenSettings()
     engine: EngineSettings = EngineSettings()
     triton: TritonSettings = TritonSettings()
 
@@ -222,7 +284,14 @@ def read_settings(file: pathlib.Path | None, overrides: dict[str, Any]) -> Serve
 def _to_settings_error(error: pydantic.ValidationError) -> SettingsError:
     first = findings(error, ServerSettings)[0]
     if first.kind == "extra_forbidden":
-        tables: dict[str, type[_Settings]] = {"limits": Limits, "engine": EngineSettings, "triton": TritonSettings}
+        tables: dict[str, type[_Settings]] = {
+            "limits": Limits,
+            "connections": ConnectionSettings,
+            "tls": TlsSettings,
+            "tokens": TokenSettings,
+            "engine": EngineSettings,
+            "triton": TritonSettings,
+        }
         table = tables.get(first.name.partition(".")[0], ServerSettings)
         return SettingsError(first.name, first.found, f"no such key; the keys here are {', '.join(sorted(table.model_fields))}")
     return SettingsError(first.name, first.found, first.expected)

@@ -31,13 +31,17 @@
     │   ├── UnsupportedError        what a protocol has and this server has not
     │   ├── LimitError              more of something than this server accepts
     │   └── MalformedRequestError   bytes that are no request
+    ├── AccessError                 a call that its caller may not make
+    │   ├── UnauthenticatedError    no token that is known
+    │   └── ForbiddenError          a token whose role is too small
     ├── DeadlineError               the caller's deadline passed before the answer was there
     ├── OverloadedError             too much waits
     ├── UnavailableError            the server cannot answer now
     │   └── NoEndpointError         no Triton computes these tasks now
     └── CallError                   what a client learns when its call fails
         ├── CallRefusedError        the server refused the request (its fault lies in the request)
-        │   └── TaskNotFoundError   no such task is served
+        │   ├── TaskNotFoundError   no such task is served
+        │   └── CallDeniedError     the caller may not make it
         ├── CallTimeoutError        the call's deadline passed
         ├── ServerBusyError         too much waits there; try again later
         ├── ServerUnreachableError  no server answers there, or it cannot answer now
@@ -448,6 +452,30 @@ class MalformedRequestError(RequestError):
         super().__init__(f"request: found bytes that do not parse, expected a {expected}; build it from {source}")
 
 
+class AccessError(ServerError):
+    """A call that its caller may not make. The words are always the same: they tell a stranger nothing."""
+
+
+class UnauthenticatedError(AccessError):
+    """The caller has no token that is known here. A missing one, a wrong one and one that is no longer valid look alike."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "authorization: found no token that is valid here, expected metadata `authorization: Bearer TOKEN`; "
+            "ask whoever operates this server for one"
+        )
+
+
+class ForbiddenError(AccessError):
+    """The caller's token is known, and its role is too small for the call."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "authorization: found a token whose role does not allow this call, expected one that does; "
+            "ask whoever operates this server for one"
+        )
+
+
 class DeadlineError(ServerError):
     """The caller's deadline passed before the answer was there."""
 
@@ -538,6 +566,10 @@ class CallRefusedError(CallError):
 
 class TaskNotFoundError(CallRefusedError):
     """No such task is served."""
+
+
+class CallDeniedError(CallRefusedError):
+    """The caller may not make this call."""
 
 
 class CallTimeoutError(CallError):

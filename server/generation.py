@@ -57,6 +57,7 @@ class Segment:
         output: what it gives.
         max_batch_size: rows in one batch, at most.
         num_parameters: weights in it.
+        sha256: checksum of its ONNX file in hex; whoever loads it makes sure that it still is that file.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Segment:
     output: TensorSpec
     max_batch_size: int
     num_parameters: int
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -38,6 +38,12 @@ class Metrics:
         self._reloads = prometheus_client.Counter(
             "munet_reloads", "Tries to serve another generation, by outcome.", ["outcome"], registry=self.registry
         )
+        self._rereads = prometheus_client.Counter(
+            "munet_rereads",
+            "Changed files of tokens or certificates read again, by outcome.",
+            ["what", "outcome"],
+            registry=self.registry,
+        )
         self._generation = prometheus_client.Gauge(
             "munet_generation", "Number of the generation that answers.", registry=self.registry
         )
@@ -58,6 +64,15 @@ class Metrics:
     def count_reload(self, attempt: ReloadAttempt) -> None:
         """Counts a try to serve another generation."""
         self._reloads.labels("refused" if attempt.error else "served").inc()
+
+    def count_reread(self, what: str, was_whole: bool) -> None:
+        """Counts a further reading of files that had changed.
+
+        Args:
+            what: `tokens` or `certificates`.
+            was_whole: whether they are used now; if not, what was read before goes on.
+        """
+        self._rereads.labels(what, "used" if was_whole else "refused").inc()
 
     def set_generation(self, number: int, num_tasks: int) -> None:
         """Notes which generation answers."""

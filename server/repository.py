@@ -11,15 +11,17 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from google.protobuf import json_format
 
+from munet.signatures import SIGNATURE_BYTES, PublicKey, is_signed, read_public_key, signature_name
 from munet.v1 import generation_pb2
 from server import verification
-from server.errors import Finding, GenerationRefusedError, NewerFormatError, NoGenerationError, RepositoryError
+from server.errors import Finding, GenerationRefusedError, NewerFormatError, NoGenerationError, RepositoryError, SettingsError
 from server.generation import Generation, Golden, Segment, Task, TensorSpec
 
 FORMAT = 1
@@ -34,6 +36,11 @@ _DATA_TYPES: dict[int, str] = {
     generation_pb2.DATA_TYPE_FLOAT16: "float16",
 }
 
+_PUBLISHED = re.compile(
+    r"seg-[0-9a-f]{12}/1/model\.onnx|[a-z0-9][a-z0-9_-]*(\.[0-9a-f]+)?/(config\.pbtxt|labels(_[a-z0-9_-]+)?\.txt)|golden-[0-9]+\.[0-9a-f]+\.npy"
+)
+"""Paths that a generation may name: nothing that anybody would run."""
+
 _Signature = tuple[int, int, int, int] | None
 
 
@@ -45,10 +52,12 @@ class Repository:
 
     Args:
         root: the repository's folder.
+        keys: only generations that one of them signed are read; none means all.
     """
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, keys: Sequence[PublicKey] = ()) -> None:
         self.root = root
+        self._keys = tuple(keys)
         self._hashes: dict[str, tuple[_Signature, str]] = {}
         self._configs = verification.ConfigCache()
 
@@ -60,11 +69,11 @@ class Repository:
             RepositoryError: CURRENT cannot be read or holds no number.
         """
         try:
-            with (self.root / CURRENT).open("rb") as file:
+            with _inside(self.root, CURRENT).open("rb") as file:
                 text = file.read(64)
         except (FileNotFoundError, NotADirectoryError):
             raise NoGenerationError(self.root) from None
-        except OSError as error:
+        except (OSError, RuntimeError, _OutsideError) as error:
             raise RepositoryError(f"{self.root / CURRENT}: found {error}, expected a readable file") from error
         if not text.strip().isdigit():
             raise RepositoryError(
@@ -79,7 +88,7 @@ class Repository:
             number = self.current_number()
         except RepositoryError as error:
             return str(error)
-        return number, _signature(self.root / f"generation-{number}.json")
+        return number, _signature(self.root / f"generation-{number}.json"), _signature(self.root / signature_name(number))
 
     def fingerprint_of_files(self) -> Hashable:
         """Returns a value that changes when any file of the current generation changes, appears or goes."""
@@ -92,7 +101,7 @@ class Repository:
             return self.fingerprint()
 
     def read(self, number: int | None = None) -> Generation:
-        """Reads and verifies a generation: its own form, every file's checksum, routes' shapes, Triton's configs.
+        """Reads and verifies a generation: its signature, its own form, every file's checksum, routes' shapes, Triton's configs.
 
         Args:
             number: which one; none means the current one.
@@ -134,10 +143,18 @@ class Repository:
         name = f"generation-{number}.json"
         advice = "publish again, or write the number of a whole generation to CURRENT"
         try:
-            with (self.root / name).open("rb") as file:
+            with _inside(self.root, name).open("rb") as file:
                 content = file.read(_MAX_MANIFEST_BYTES)
-        except OSError as error:
-            return None, "", [Finding(name, error.strerror or str(error), "the file that CURRENT names", advice)]
+        except (OSError, RuntimeError, _OutsideError) as error:
+            return (
+                None,
+                "",
+                [Finding(name, getattr(error, "strerror", None) or str(error), "the file that CURRENT names", advice)],
+            )
+        unsigned = self._check_signature(number, content) if self._keys else None
+        if unsigned is not None:
+            # Nothing of it is even parsed.
+            return None, "", [unsigned]
         try:
             values = json.loads(content)
             if not isinstance(values, dict):
@@ -156,15 +173,27 @@ class Repository:
             findings.append(Finding(f"{name}: number", repr(message.number), str(number), advice))
         return message, hashlib.sha256(content).hexdigest(), findings
 
+    def _check_signature(self, number: int, content: bytes) -> Finding | None:
+        name = signature_name(number)
+        expected = f"the signature of generation-{number}.json by one of {len(self._keys)} keys"
+        advice = "sign it with `munet-evolve export --sign KEYFILE`, or make its public key one of --require-signature"
+        try:
+            with _inside(self.root, name).open("rb") as file:
+                signature = file.read(SIGNATURE_BYTES + 1)
+        except (OSError, RuntimeError, _OutsideError) as error:
+            return Finding(name, getattr(error, "strerror", None) or str(error), expected, advice)
+        if not is_signed(content, signature, self._keys):
+            return Finding(name, "what none of them signed", expected, advice)
+        return None
+
     def _verify_files(self, message: generation_pb2.Generation) -> list[Finding]:
         findings: list[Finding] = []
-        root = self.root.resolve()
         listed = set()
         for file in message.files:
             if file.path in listed:
                 findings.append(Finding(f"files: {file.path}", "it twice", "each file once"))
             listed.add(file.path)
-            finding = self._verify_file(root, file)
+            finding = self._verify_file(file)
             if finding is not None:
                 findings.append(finding)
         # What earlier generations needed is forgotten once it outweighs what this one needs.
@@ -174,17 +203,17 @@ class Repository:
         findings += [Finding(f"files: {needed}", "no entry", expected) for needed in sorted(_needed_files(message) - listed)]
         return findings
 
-    def _verify_file(self, root: pathlib.Path, file: generation_pb2.File) -> Finding | None:
+    def _verify_file(self, file: generation_pb2.File) -> Finding | None:
         where = f"files: {file.path[:200]!r}"
         if not _is_plain(file.path):
             return Finding(where, "a path that leaves the repository", "a relative path with / and without . or ..")
+        if not _PUBLISHED.fullmatch(file.path):
+            return Finding(
+                where, "a file of another kind", "ONNX models, configs, labels and golden images, named as they are published"
+            )
         path = self.root / file.path
         try:
-            resolved = path.resolve(strict=True)
-            if not resolved.is_relative_to(root):
-                return Finding(where, f"a link to {str(resolved)!r}", "a file inside the repository")
-            if not resolved.is_file():
-                return Finding(where, "something that is no file", "a file")
+            resolved = _inside(self.root, file.path)
             signature = _signature(path)
             known = self._hashes.get(file.path)
             if known is None or signature is None or known[0] != signature:
@@ -192,6 +221,8 @@ class Repository:
                     # The signature taken before is kept: if the file changed meanwhile, it is hashed again next time.
                     known = (signature, hashlib.file_digest(content, "sha256").hexdigest())
                 self._hashes[file.path] = known
+        except _OutsideError as error:
+            return Finding(where, str(error), "a file inside the repository")
         except (OSError, RuntimeError) as error:
             return Finding(where, getattr(error, "strerror", None) or str(error), "a readable file", "publish again")
         if signature is not None and signature[3] != file.num_bytes:
@@ -201,7 +232,10 @@ class Repository:
         return None
 
     def _to_generation(self, message: generation_pb2.Generation, digest: str) -> Generation:
-        segments = {segment.name: self._to_segment(segment) for segment in sorted(message.segments, key=lambda s: s.name)}
+        checksums = {file.path: file.sha256 for file in message.files}
+        segments = {
+            segment.name: self._to_segment(segment, checksums) for segment in sorted(message.segments, key=lambda s: s.name)
+        }
         tasks = {task.name: self._to_task(task) for task in sorted(message.tasks, key=lambda t: t.name)}
         ensembles = {ensemble.image_size: ensemble.name for ensemble in message.multi_task_ensembles}
         return Generation(
@@ -212,7 +246,7 @@ class Repository:
             ensembles=types.MappingProxyType(ensembles),
         )
 
-    def _to_segment(self, segment: generation_pb2.Segment) -> Segment:
+    def _to_segment(self, segment: generation_pb2.Segment, checksums: Mapping[str, str]) -> Segment:
         return Segment(
             name=segment.name,
             model=self.root / model_path(segment.name),
@@ -220,6 +254,7 @@ class Repository:
             output=_to_tensor_spec(segment.output),
             max_batch_size=segment.max_batch_size,
             num_parameters=segment.num_parameters,
+            sha256=checksums[model_path(segment.name)],
         )
 
     def _to_task(self, task: generation_pb2.Task) -> Task:
@@ -272,6 +307,23 @@ def published_models(root: pathlib.Path) -> PublishedModels:
         raise RepositoryError(f"{root}: found {error!r}, expected generations that can be read") from error
 
 
+def read_keys(files: Iterable[pathlib.Path]) -> tuple[PublicKey, ...]:
+    """Returns the public keys in some files, one in each.
+
+    Raises:
+        SettingsError: one cannot be read or holds no such key.
+    """
+    keys = []
+    for file in files:
+        try:
+            keys.append(read_public_key(file.read_bytes()))
+        except OSError as error:
+            raise SettingsError("require_signature", str(file), f"a readable file ({error.strerror or error})") from error
+        except ValueError as error:
+            raise SettingsError("require_signature", str(file), str(error)) from error
+    return tuple(keys)
+
+
 def model_path(segment: str) -> str:
     """Returns the path of a segment's ONNX file, relative to the repository."""
     return f"{segment}/1/model.onnx"
@@ -291,6 +343,25 @@ def _needed_files(message: generation_pb2.Generation) -> set[str]:
 
 def _to_tensor_spec(spec: generation_pb2.TensorSpec) -> TensorSpec:
     return TensorSpec(spec.name, _DATA_TYPES.get(spec.data_type, "unspecified"), tuple(spec.shape))
+
+
+class _OutsideError(Exception):
+    """Something that is no file inside the repository."""
+
+
+def _inside(root: pathlib.Path, path: str) -> pathlib.Path:
+    """Returns where a file of the repository really lies.
+
+    Raises:
+        OSError, RuntimeError: it is not there, or links go in a circle.
+        _OutsideError: it lies elsewhere, or is no file: whoever opened a pipe would wait for ever.
+    """
+    resolved = (root / path).resolve(strict=True)
+    if not resolved.is_relative_to(root.resolve()):
+        raise _OutsideError(f"a link to {str(resolved)!r}")
+    if not resolved.is_file():
+        raise _OutsideError("something that is no file")
+    return resolved
 
 
 def _is_plain(path: str) -> bool:

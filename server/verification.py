@@ -25,6 +25,26 @@ MAX_IMAGE_SIZE = 8192
 """Greatest height and width, in pixels, that a route may take."""
 
 _SEGMENT_NAME = re.compile(r"seg-[0-9a-f]{12}")
+_CONFIG_FIELDS = frozenset(
+    {
+        "name",
+        "backend",
+        "platform",
+        "max_batch_size",
+        "input",
+        "output",
+        "instance_group",
+        "dynamic_batching",
+        "ensemble_scheduling",
+        "optimization",
+        "response_cache",
+    }
+)
+"""What a published config may say. Others name files and libraries that a Triton would read or run: custom operators, agents, warm-ups."""
+
+_BACKENDS = (("onnxruntime", ""), ("onnxruntime", "onnxruntime_onnx"), ("", "onnxruntime_onnx"))
+"""Backend and platform of a segment. Of the two, Triton heeds the backend."""
+
 _TRITON_TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 
 
@@ -220,14 +240,31 @@ def _read_configs(
             continue
         if configs[name].name not in ("", name):
             findings.append(Finding(f"{path}: name", repr(configs[name].name), f"{name!r} or none"))
+        findings += check_fields(path, configs[name])
     cache.keep(checksums)
     return configs, findings
+
+
+def check_fields(path: str, config: ModelConfig) -> Iterator[Finding]:
+    """Checks that a config names nothing that a Triton would read or run beside its model.
+
+    Args:
+        path: where it stands.
+        config: what it says.
+    """
+    for field, _ in config.ListFields():
+        if field.name not in _CONFIG_FIELDS:
+            yield Finding(f"{path}: {field.name}", "it there", f"only {', '.join(sorted(_CONFIG_FIELDS))}")
+    accelerators = config.optimization.execution_accelerators
+    for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
+        if accelerator.name != "cuda":
+            yield Finding(f"{path}: optimization", f"the accelerator {accelerator.name[:80]!r}", "'cuda' or none")
 
 
 def check_segment_config(segment: Segment, config: ModelConfig) -> Iterator[Finding]:
     """Checks a segment's config against what the generation says of it."""
     where = f"{segment.name}/config.pbtxt"
-    if config.backend != "onnxruntime" and config.platform != "onnxruntime_onnx":
+    if (config.backend, config.platform) not in _BACKENDS:
         yield Finding(f"{where}: backend", repr(config.backend or config.platform), "'onnxruntime'")
     if config.max_batch_size != segment.max_batch_size:
         yield Finding(f"{where}: max_batch_size", repr(config.max_batch_size), str(segment.max_batch_size))
@@ -269,8 +306,8 @@ def check_ensemble(
         routes: for each output it must have, the segments that lead to it from the image.
     """
     where = f"{name}/config.pbtxt"
-    if config.platform != "ensemble" and not config.HasField("ensemble_scheduling"):
-        yield Finding(f"{where}: platform", repr(config.platform), "'ensemble'")
+    if config.backend or (config.platform != "ensemble" and not config.HasField("ensemble_scheduling")):
+        yield Finding(f"{where}: platform", repr(config.backend or config.platform), "'ensemble', without a backend")
         return
     smallest = min((config_.max_batch_size for config_ in _used(config, segments)), default=1)
     if config.max_batch_size != smallest:

@@ -43,6 +43,7 @@ from evolve.vit import reference_logits
 from munet import preprocessing
 from munet.parity import tolerance_of
 from munet.preprocessing import Pixels
+from munet.signatures import PrivateKey
 from munet.v1 import generation_pb2
 
 NUM_GOLDEN_IMAGES = 4
@@ -92,6 +93,7 @@ def export_system(
     coarseness: Coarseness | None = None,
     response_cache: bool = False,
     num_top1_images: int = NUM_TOP1_IMAGES,
+    signing_key: PrivateKey | None = None,
     progress: Tell | None = None,
 ) -> PublishResult:
     """Publishes all current paths of a system.
@@ -109,6 +111,8 @@ def export_system(
         coarseness: what coarse segments are chosen by; without it, segments are as long as sharing allows.
         response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
         num_top1_images: images on which the best classes of a new float16 route are compared with torch's.
+        signing_key: signs the generation. Of what is there already, only what the same key signed is used again; all else is exported and
+            compared anew.
         progress: takes a sentence about each step.
 
     Raises:
@@ -121,7 +125,7 @@ def export_system(
     started = time.monotonic()
     try:
         # What the records name stays until it is published, whoever collects garbage meanwhile.
-        with system.locks.reading(), open_for_publishing(repository, system.id, tell) as opened:
+        with system.locks.reading(), open_for_publishing(repository, system.id, tell, signing_key) as opened:
             try:
                 result = _Publisher(system, opened, settings, coarseness, num_top1_images, tell).publish()
             finally:
@@ -172,6 +176,10 @@ class _Publisher:
         generation = self._generation(segmentation, tasks, messages, new)
         changed = self._differs(generation)
         if changed:
+            if self._repository.leaves_signatures:
+                self._tell(
+                    f"generation {generation.number} is not signed, as the one before was: who requires signatures refuses it"
+                )
             self._repository.publish(generation)
             self._tell(f"published generation {generation.number} of {len(tasks)} tasks")
         else:

@@ -2,6 +2,7 @@
 
     CURRENT                         number of the generation that servers are to answer from
     generation-<number>.json        a generation, see proto/munet/v1/generation.proto
+    generation-<number>.sig         its signature, if somebody signed it, see munet.signatures
     golden-<size>.<hash>.npy        images that golden logits belong to
     seg-<hash>/                     a segment: config.pbtxt, 1/model.onnx
     <task>.<hash>/, all-<size>.<hash>/   ensembles: config.pbtxt, label files, 1/
@@ -27,6 +28,7 @@ from google.protobuf import json_format
 from evolve.errors import ExportError
 from evolve.export.triton import CONFIG_FILE, VERSION_FOLDER, Ensemble
 from munet.files import sha256_of, sync_folder, write_atomically
+from munet.signatures import PrivateKey, is_signed, signature_name
 from munet.v1 import generation_pb2
 
 FORMAT = 1
@@ -38,6 +40,7 @@ KEPT_GENERATIONS = 3
 MODEL_FILE = f"{VERSION_FOLDER}/model.onnx"
 
 _GENERATION = re.compile(r"generation-([1-9][0-9]*)\.json")
+_SIGNATURE = re.compile(r"generation-([1-9][0-9]*)\.sig")
 _GOLDEN = re.compile(r"golden-[0-9]+\.[0-9a-f]{12}\.npy")
 _MODEL = re.compile(r"seg-[0-9a-f]{12}|[a-z0-9][a-z0-9_-]*\.[0-9a-f]{12}")
 _IN_MODEL = re.compile(r"config\.pbtxt|labels(_[a-z0-9_-]+)?\.txt|model\.onnx")
@@ -54,12 +57,22 @@ class Repository:
         current: number of the current one; 0 if there is none yet.
     """
 
-    def __init__(self, folder: pathlib.Path, generations: Mapping[int, generation_pb2.Generation], current: int) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        generations: Mapping[int, generation_pb2.Generation],
+        current: int,
+        signing_key: PrivateKey | None = None,
+    ) -> None:
         """Use `open_for_publishing`."""
         self.folder = folder
         self.generations = dict(generations)
         self.current = current
-        self._checksums = {file.path: file for generation in generations.values() for file in generation.files}
+        self._signing_key = signing_key
+        # A signature vouches for all that its generation names. What others may have put there is made anew.
+        self._trusted = {number for number in generations if signing_key is None or _is_signed_by(folder, number, signing_key)}
+        trusted = [generation for number, generation in generations.items() if number in self._trusted]
+        self._checksums = {file.path: file for generation in trusted for file in generation.files}
         self._aliases = {task.name for generation in generations.values() for task in generation.tasks}
 
     @property
@@ -69,11 +82,18 @@ class Repository:
 
     @property
     def current_generation(self) -> generation_pb2.Generation | None:
-        """The generation that servers are to answer from, if there is one."""
-        return self.generations.get(self.current)
+        """The generation that servers are to answer from, if there is one; whoever signs has only what the same key signed."""
+        return self.generations.get(self.current) if self.current in self._trusted else None
+
+    @property
+    def leaves_signatures(self) -> bool:
+        """Whether the current generation is signed and what is published now will not be."""
+        return self._signing_key is None and (self.folder / signature_name(self.current)).exists()
 
     def intact(self, path: str) -> generation_pb2.File | None:
-        """Returns what some generation says of a file if the file is as it says; else None."""
+        """Returns what some generation says of a file if the file is as it says; else None. Whoever signs has only what the same key
+        signed.
+        """
         expected = self._checksums.get(path)
         file = self.folder / path
         if expected is None or not file.is_file() or file.stat().st_size != expected.num_bytes:
@@ -104,9 +124,18 @@ class Repository:
         for inner in sorted({parent for path in fresh for parent in path.parents}, reverse=True):
             sync_folder(self.folder / inner)
         text = json_format.MessageToJson(generation, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        write_atomically(self.folder / f"generation-{generation.number}.json", f"{text}\n".encode())
+        content = f"{text}\n".encode()
+        signature = self.folder / signature_name(generation.number)
+        # Before the generation, so that no server ever sees one whose signature is still to come.
+        if self._signing_key is not None:
+            write_atomically(signature, self._signing_key.sign(content))
+        else:
+            # Of a publisher that was killed before it wrote its generation.
+            signature.unlink(missing_ok=True)
+        write_atomically(self.folder / f"generation-{generation.number}.json", content)
         # From here on it stays, whatever becomes of CURRENT.
         self.generations[generation.number] = generation
+        self._trusted.add(generation.number)
         self._aliases.update(task.name for task in generation.tasks)
         write_atomically(self.folder / "CURRENT", f"{generation.number}\n".encode())
         self.current = generation.number
@@ -136,7 +165,7 @@ class Repository:
         kept = {*sorted(self.generations)[-KEPT_GENERATIONS:], self.current}
         self.generations = {number: generation for number, generation in self.generations.items() if number in kept}
         for file in sorted(self.folder.iterdir()):
-            match = _GENERATION.fullmatch(file.name)
+            match = _GENERATION.fullmatch(file.name) or _SIGNATURE.fullmatch(file.name)
             if match and int(match[1]) not in kept:
                 file.unlink()
         sync_folder(self.folder)
@@ -153,7 +182,9 @@ class Repository:
 
 
 @contextlib.contextmanager
-def open_for_publishing(folder: pathlib.Path, system_id: str, tell: Callable[[str], None]) -> Iterator[Repository]:
+def open_for_publishing(
+    folder: pathlib.Path, system_id: str, tell: Callable[[str], None], signing_key: PrivateKey | None = None
+) -> Iterator[Repository]:
     """Holds a repository for publishing; makes the folder if missing and waits while another process publishes there.
 
     The end of the process, however it comes, releases it.
@@ -162,6 +193,7 @@ def open_for_publishing(folder: pathlib.Path, system_id: str, tell: Callable[[st
         folder: the repository.
         system_id: of the system that is to be published.
         tell: takes a sentence if there is a reason to wait.
+        signing_key: signs what is published; none publishes without a signature.
 
     Raises:
         ExportError: a newer format, another system, or an unreadable generation.
@@ -183,7 +215,7 @@ def open_for_publishing(folder: pathlib.Path, system_id: str, tell: Callable[[st
                     f"a repository of system {system_id}",
                     "publish to another folder, one for each system",
                 )
-        yield Repository(folder, generations, _read_current(folder))
+        yield Repository(folder, generations, _read_current(folder), signing_key)
     finally:
         os.close(descriptor)
 
@@ -206,6 +238,14 @@ def _read_generation(file: pathlib.Path) -> generation_pb2.Generation:
     raise ExportError(
         f"found a generation of format {found!r} in {file}", f"format {FORMAT}", "use the version of munet that wrote it"
     )
+
+
+def _is_signed_by(folder: pathlib.Path, number: int, key: PrivateKey) -> bool:
+    try:
+        signature = (folder / signature_name(number)).read_bytes()
+        return is_signed((folder / f"generation-{number}.json").read_bytes(), signature, [key.public_key()])
+    except OSError:
+        return False
 
 
 def _check_routes(generation: generation_pb2.Generation) -> None:
@@ -252,4 +292,4 @@ def _is_unfinished(file: pathlib.Path) -> bool:
     if match is None or not file.is_file():
         return False
     ours = match[1]
-    return ours == "CURRENT" or any(pattern.fullmatch(ours) for pattern in (_GENERATION, _GOLDEN, _IN_MODEL))
+    return ours == "CURRENT" or any(pattern.fullmatch(ours) for pattern in (_GENERATION, _SIGNATURE, _GOLDEN, _IN_MODEL))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
-import pathlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+from google.protobuf.message import Message
 from onnx import TensorProto, helper
 
 from server.errors import DeviceError, SegmentLoadError, SettingsError
@@ -88,17 +90,17 @@ class SegmentSession:
         session: the onnxruntime.InferenceSession.
 
     Raises:
-        SegmentLoadError: ONNX Runtime refuses the model, it is not what the generation says, keeps weights outside its file, or did
-            not get the device.
+        SegmentLoadError: ONNX Runtime refuses the model, it is not what the generation says, names other files, or did not get the
+            device.
     """
 
     def __init__(self, segment: Segment, device: str = "cpu") -> None:
         self.segment = segment
-        # ONNX Runtime would read whatever file the model names, inside the repository or not.
-        _refuse_external_data(segment.name, segment.model)
+        content = _read_model(segment)
         provider = PROVIDERS[device]
         try:
-            session = open_session(str(segment.model), device)
+            # Of the bytes that were looked at: the file may be another by now.
+            session = open_session(content, device)
         except Exception as error:
             # The edge to ONNX Runtime, whose errors share no class but Exception.
             raise SegmentLoadError(segment.name, str(error)[:500]) from error
@@ -136,8 +138,8 @@ class SegmentSession:
             raise ValueError(f"found output {list(shape)}, expected {num_rows} rows of {self.segment.output}")
 
 
-def open_session(model: str | bytes, device: str) -> Any:
-    """Returns an onnxruntime.InferenceSession of a model's file or bytes. Whether it got the device is to be asked of it.
+def open_session(model: bytes, device: str) -> Any:
+    """Returns an onnxruntime.InferenceSession of a model. Whether it got the device is to be asked of it.
 
     Raises:
         Exception: whatever ONNX Runtime raises; its errors share no other class.
@@ -225,29 +227,44 @@ def _session_options() -> Any:
     return options
 
 
-def _refuse_external_data(name: str, path: pathlib.Path) -> None:
-    expected = "an ONNX model with its weights inside"
+def _read_model(segment: Segment) -> bytes:
+    """Returns a segment's ONNX file, which is as published and names no other file.
+
+    Raises:
+        SegmentLoadError: it is not.
+    """
     try:
-        model = onnx.load(path, load_external_data=False)
+        content = segment.model.read_bytes()
+    except OSError as error:
+        raise SegmentLoadError(segment.name, error.strerror or str(error)) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != segment.sha256:
+        raise SegmentLoadError(segment.name, f"sha256 {digest}", f"sha256 {segment.sha256}, as published")
+    try:
+        model = onnx.load_model_from_string(content)
     except Exception as error:
         # The edge to a parser of untrusted bytes, whose errors share no class but Exception.
-        raise SegmentLoadError(name, str(error)[:500]) from error
-    outside = [tensor.name for tensor in _tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        raise SegmentLoadError(segment.name, str(error)[:500]) from error
+    # ONNX Runtime would read whatever file the model names, inside the repository or not.
+    outside = list(_references(model))
     if outside:
-        raise SegmentLoadError(name, f"{len(outside)} tensors outside the file, such as {outside[0]!r}", expected)
+        found = f"{len(outside)} references to what is outside the file, such as {outside[0][:80]!r}"
+        raise SegmentLoadError(segment.name, found, "an ONNX model with its weights inside")
+    return content
 
 
-def _tensors(graph: Any) -> list[Any]:
-    tensors = list(graph.initializer)
-    for sparse in graph.sparse_initializer:
-        tensors += [sparse.values, sparse.indices]
-    for node in graph.node:
-        for attribute in node.attribute:
-            tensors += [attribute.t, *attribute.tensors]
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node or inner.initializer:
-                    tensors += _tensors(inner)
-    return tensors
+def _references(message: Message) -> Iterator[str]:
+    """Yields the name of whatever refers to another file, anywhere in a model: in graphs within graphs, functions, training."""
+    if isinstance(message, onnx.TensorProto):
+        if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            yield message.name
+        return
+    if isinstance(message, onnx.NodeProto) and message.op_type == "EPContext":
+        yield message.name
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if isinstance(value, Message) else value:
+                yield from _references(inner)
 
 
 def _check_tensors(name: str, kind: str, found: Any, expected: TensorSpec) -> None:

@@ -17,7 +17,7 @@ from google.protobuf import message
 
 from server.config import Limits
 from server.errors import DeadlineError, MalformedRequestError, OverloadedError, UnavailableError
-from server.front_door.status import INTERNAL_TEXT, status_of, trailing_metadata_of
+from server.front_door.status import INTERNAL_TEXT, status_of, trailing_metadata_of, words_of
 from server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class _Failure:
     def of(cls, method: str, error: Exception) -> _Failure:
         """Returns what is told of an error. What nobody outside is to know goes to the log, under an id that the caller gets."""
         status = status_of(error)
-        words = shortened(str(error))
+        words = shortened(words_of(error))
         if status is grpc.StatusCode.INTERNAL:
             error_id = secrets.token_hex(6)
             _log.error("%s failed, id %s", method, error_id, exc_info=error)

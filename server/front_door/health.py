@@ -13,6 +13,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from server.access import current_grant
+
 _Response = health_pb2.HealthCheckResponse
 
 
@@ -61,14 +63,17 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return self._serving and not self._paused
 
     def is_ready(self, task: str) -> bool:
-        """Whether a task is answered for now."""
-        return self.is_serving and task in self._tasks
+        """Whether a task that exists for the caller is answered for now."""
+        return self.is_serving and self._knows(task)
 
     def status(self, service: str) -> Any:
-        """Returns the status of a service or task."""
-        if service not in self._services and service not in self._tasks:
+        """Returns the status of a service, or of a task that exists for the caller."""
+        if service not in self._services and not self._knows(service):
             return _Response.SERVICE_UNKNOWN
         return _Response.SERVING if self.is_serving else _Response.NOT_SERVING
+
+    def _knows(self, task: str) -> bool:
+        return task in self._tasks and current_grant().sees(task)
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
         """Answers the status now; NOT_FOUND for what is not known."""

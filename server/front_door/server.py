@@ -14,10 +14,12 @@ from tritonclient.grpc import service_pb2_grpc
 from munet.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.config import ServerSettings
 from server.errors import SettingsError
+from server.front_door.doorkeeper import Doorkeeper
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.open_inference import OPEN_INFERENCE_SERVICE, OpenInferenceServicer
 from server.front_door.servicers import AdminServicer, InferenceServicer
+from server.front_door.tls import Certificates
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ class FrontDoor:
         admin: answers whoever operates the server.
         health: says what serves.
         edge: what every call passes.
+        doorkeeper: who asks every call for its token first; none lets everybody in.
+        certificates: of the two addresses, questions first; none of either means plain text.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class FrontDoor:
         admin: AdminServicer,
         health: Health,
         edge: Edge,
+        doorkeeper: Doorkeeper | None = None,
+        certificates: tuple[Certificates | None, Certificates | None] = (None, None),
     ) -> None:
         self._settings = settings
         self._inference = inference
@@ -53,6 +59,8 @@ class FrontDoor:
         self._admin = admin
         self._health = health
         self._edge = edge
+        self._doorkeeper = doorkeeper
+        self._certificates = certificates
         self._servers: list[grpc.aio.Server] = []
         self.address = ""
         self.admin_address = ""
@@ -74,8 +82,8 @@ class FrontDoor:
             reflection.enable_server_reflection((*services, health_name, reflection.SERVICE_NAME), server)
         self._servers = [questions, administration]
         try:
-            self.address = _bind(questions, "listen", self._settings.listen)
-            self.admin_address = _bind(administration, "admin_listen", self._settings.admin_listen)
+            self.address = _bind(questions, "listen", self._settings.listen, self._certificates[0])
+            self.admin_address = _bind(administration, "admin_listen", self._settings.admin_listen, self._certificates[1])
         except SettingsError:
             await asyncio.gather(*(server.stop(None) for server in self._servers))
             raise
@@ -98,20 +106,39 @@ class FrontDoor:
 
     def _new_server(self) -> grpc.aio.Server:
         size = self._settings.limits.max_message_bytes
+        bounds = self._settings.connections
         options: list[tuple[str, int]] = [
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
+            # Of metadata near the first of these two bounds gRPC refuses some at random.
+            ("grpc.max_metadata_size", bounds.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", bounds.max_metadata_bytes),
+            ("grpc.max_allowed_incoming_connections", bounds.max_connections),
+            ("grpc.max_concurrent_streams", bounds.max_calls),
+            ("grpc.server_handshake_timeout_ms", _milliseconds(bounds.handshake_seconds)),
+            ("grpc.max_connection_idle_ms", _milliseconds(bounds.idle_seconds)),
+            ("grpc.keepalive_time_ms", _milliseconds(bounds.keepalive_seconds)),
+            ("grpc.keepalive_timeout_ms", _milliseconds(bounds.keepalive_timeout_seconds)),
+            # Without it gRPC waits a minute for the answer, whatever the line above says.
+            ("grpc.http2.ping_timeout_ms", _milliseconds(bounds.keepalive_timeout_seconds)),
+            ("grpc.keepalive_permit_without_calls", 1),
             # Otherwise a second server on the same port would silently get half of the first one's calls.
             ("grpc.so_reuseport", 0),
         ]
-        return grpc.aio.server(interceptors=[self._edge], options=options)
+        asked = [self._edge] if self._doorkeeper is None else [self._doorkeeper, self._edge]
+        return grpc.aio.server(interceptors=asked, options=options)
 
 
-def _bind(server: grpc.aio.Server, setting: str, address: str) -> str:
+def _bind(server: grpc.aio.Server, setting: str, address: str, certificates: Certificates | None) -> str:
     try:
-        port = server.add_insecure_port(address)
+        tls = certificates.credentials if certificates is not None else None
+        port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
     except RuntimeError as error:
         raise SettingsError(setting, address, f"an address to listen on that nobody else uses ({error})") from error
     if port == 0:
         raise SettingsError(setting, address, "an address to listen on that nobody else uses")
     return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))

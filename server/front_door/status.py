@@ -5,9 +5,12 @@ from __future__ import annotations
 import grpc
 
 from server.errors import (
+    AccessError,
     DeadlineError,
     EndpointError,
     EngineClosedError,
+    ForbiddenError,
+    NoEndpointError,
     OverloadedError,
     RepositoryError,
     RequestError,
@@ -25,6 +28,8 @@ STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
     UnknownVersionError: grpc.StatusCode.NOT_FOUND,
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    AccessError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
@@ -34,6 +39,9 @@ STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
 }
 
 INTERNAL_TEXT = "the server failed to answer; its log says why under the id {id}"
+
+LOST_TEXT = "what computes here cannot be reached now; try again later, or ask another server"
+"""Where Tritons are is no business of whoever asks questions. The log has it, and Status on the admin address."""
 
 RETRY_KEY = "retry-after-ms"
 """Trailing metadata of RESOURCE_EXHAUSTED: when another try makes sense, in milliseconds."""
@@ -45,6 +53,11 @@ def status_of(error: BaseException) -> grpc.StatusCode:
         if cls in STATUS_OF_ERROR:
             return STATUS_OF_ERROR[cls]
     return grpc.StatusCode.INTERNAL
+
+
+def words_of(error: BaseException) -> str:
+    """Returns what a caller is told of an error: its own words, without the addresses of what computes."""
+    return LOST_TEXT if isinstance(error, EndpointError | NoEndpointError) else str(error)
 
 
 def trailing_metadata_of(error: BaseException) -> tuple[tuple[str, str], ...]:

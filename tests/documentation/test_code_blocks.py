@@ -79,7 +79,7 @@ def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path, python: path
     if faults:
         raise PageError("\n".join(faults))
     with Stranger(folder, hub_cache, python) as stranger:
-        if page in ("docs/triton.md", "docs/open-inference.md"):
+        if page in ("docs/triton.md", "docs/open-inference.md", "docs/security.md"):
             # They go on where another page ends, which takes its time.
             publish_first_tasks(folder / "model_repository")
         for block in found:

@@ -117,3 +117,51 @@ def test_golden_images_that_are_none(builder: RepositoryBuilder, engine: Embedde
     assert any(path in line for line in findings(builder, engine))
     builder.replace_file(1, path, b"no array")
     assert any(path in line for line in findings(builder, engine))
+
+
+def test_what_a_triton_would_find_and_nobody_published_is_named(
+    builder: RepositoryBuilder, engine: EmbeddedEngine, tmp_path: pathlib.Path
+) -> None:
+    task = builder.read_manifest(1).tasks[0]
+    segment = builder.root / task.route[0]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "model.onnx").write_bytes((segment / "1" / "model.onnx").read_bytes())
+    # What a publisher is writing at the moment.
+    (segment / "1" / ".model.onnx.abc.part").write_bytes(b"half")
+    assert findings(builder, engine) == []
+    (segment / "2").mkdir()
+    (segment / "2" / "model.onnx").write_bytes(b"another")
+    (segment / "3").symlink_to(outside)
+    (segment / "1" / "model.py").write_text("import os")
+    (builder.root / task.ensemble / "1" / "model.onnx").write_bytes(b"another")
+    (builder.root / task.name / "2").mkdir()
+    (builder.root / task.name / "old.txt").symlink_to("nowhere")
+    found = findings(builder, engine)
+    wheres = {line.partition(":")[0]: line for line in found}
+    assert sorted(wheres) == sorted(
+        [
+            f"{segment.name}/1/model.py",
+            f"{segment.name}/2",
+            f"{segment.name}/2/model.onnx",
+            f"{segment.name}/3",
+            f"{task.ensemble}/1/model.onnx",
+            f"{task.name}/2",
+            f"{task.name}/old.txt",
+        ]
+    )
+    assert "found a link to" in wheres[f"{segment.name}/3"]
+    assert "found a link that leads nowhere" in wheres[f"{task.name}/old.txt"]
+    assert "found what nobody published" in wheres[f"{segment.name}/2"]
+
+
+def test_an_external_reference_is_a_fault_of_the_segment(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    segment = builder.read_manifest(1).tasks[0].route[0]
+    model = onnx.load(builder.root / segment / "1" / "model.onnx")
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    builder.replace_file(1, f"{segment}/1/model.onnx", model.SerializeToString())
+    (found,) = findings(builder, engine)
+    assert f"segment {segment!r}: found 1 references to what is outside the file" in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -140,6 +141,57 @@ def test_links_that_leave_the_repository(builder: RepositoryBuilder, tmp_path: p
     (builder.root / path).unlink()
     (builder.root / path).symlink_to(builder.root / path)
     assert "files:" in refusal(builder)
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "generation-1.json"])
+def test_what_names_everything_else_lies_inside_too(builder: RepositoryBuilder, tmp_path: pathlib.Path, name: str) -> None:
+    """A link would tell the first bytes of what it leads to, and whoever opens a pipe waits for ever."""
+    file = builder.root / name
+    (tmp_path / "outside").write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(tmp_path / "outside")
+    with pytest.raises(RepositoryError, match=f"{name}.*: found a link to .*outside"):
+        Repository(builder.root).read()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(RepositoryError, match=f"{name}.*: found something that is no file"):
+        Repository(builder.root).read()
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(RepositoryError, match=name):
+        Repository(builder.root).read()
+    # As Kubernetes mounts what changes: the link leads to a file inside.
+    file.unlink()
+    (tmp_path / "outside").rename(builder.root / "..inside")
+    file.symlink_to("..inside")
+    assert Repository(builder.root).read().number == 1
+
+
+@pytest.mark.parametrize("part", ["seg", "seg/1", "ensemble"])
+def test_folders_that_are_links_outside(builder: RepositoryBuilder, tmp_path: pathlib.Path, part: str) -> None:
+    task = builder.read_manifest(1).tasks[0]
+    folder = builder.root / {"seg": task.route[0], "seg/1": f"{task.route[0]}/1", "ensemble": task.ensemble}[part]
+    folder.rename(tmp_path / "outside")
+    folder.symlink_to(tmp_path / "outside")
+    assert "a link to" in refusal(builder)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "digits.0123456789ab/1/model.py",
+        "seg-0123456789ab/model.so",
+        "seg-0123456789ab/1/model.onnx.data",
+        "run.sh",
+        "seg-0123456789ab/1/model.plan",
+    ],
+)
+def test_files_that_are_neither_models_nor_plain_data(builder: RepositoryBuilder, path: str) -> None:
+    (builder.root / path).parent.mkdir(parents=True, exist_ok=True)
+    (builder.root / path).write_bytes(b"code")
+    digest = hashlib.sha256(b"code").hexdigest()
+    builder.edit(1, lambda message: message.files.add(path=path, sha256=digest, num_bytes=4))
+    assert "a file of another kind" in refusal(builder)
 
 
 def test_a_repository_behind_a_link_is_served(builder: RepositoryBuilder, tmp_path: pathlib.Path) -> None:

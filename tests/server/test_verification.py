@@ -47,6 +47,23 @@ def test_a_config_that_does_not_parse(builder: RepositoryBuilder) -> None:
     [
         (lambda c: setattr(c, "name", "other"), "name: found 'other'"),
         (lambda c: setattr(c, "backend", "python"), "backend"),
+        (lambda c: setattr(c, "backend", "python") or setattr(c, "platform", "onnxruntime_onnx"), "backend: found 'python'"),
+        (
+            lambda c: setattr(c, "default_model_filename", "../../other.onnx"),
+            "default_model_filename: found it there, expected only",
+        ),
+        (lambda c: setattr(c, "runtime", "libmine.so"), "runtime: found it there"),
+        (lambda c: c.model_operations.op_library_filename.append("mine.so"), "model_operations: found it there"),
+        (lambda c: c.model_repository_agents.agents.add(name="checksum"), "model_repository_agents: found it there"),
+        (
+            lambda c: c.model_warmup.add(name="a").inputs["x"].CopyFrom(triton.ModelWarmup.Input(input_data_file="/etc/passwd")),
+            "model_warmup",
+        ),
+        (lambda c: c.parameters["x"].CopyFrom(triton.ModelParameter(string_value="y")), "parameters: found it there"),
+        (
+            lambda c: c.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt"),
+            "optimization: found the accelerator 'tensorrt'",
+        ),
         (lambda c: setattr(c, "max_batch_size", 4), "max_batch_size"),
         (lambda c: setattr(c.input[0], "name", "x"), "input"),
         (lambda c: setattr(c.input[0], "data_type", triton.TYPE_FP16), "input"),
@@ -71,6 +88,8 @@ def steps(config: Any) -> Any:
     ("change", "words"),
     [
         (lambda c: setattr(c, "platform", "") or c.ClearField("ensemble_scheduling"), "platform"),
+        (lambda c: setattr(c, "backend", "python"), "platform: found 'python'"),
+        (lambda c: c.model_operations.op_library_filename.append("mine.so"), "model_operations: found it there"),
         (lambda c: setattr(c, "max_batch_size", 99), "max_batch_size"),
         (lambda c: setattr(c, "max_batch_size", 4), "max_batch_size"),
         (lambda c: setattr(c.response_cache, "enable", True), "response_cache"),

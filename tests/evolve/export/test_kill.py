@@ -17,6 +17,7 @@ from evolve.export.publish import export_system
 from evolve.layer import HEAD
 from evolve.path import Path
 from evolve.store import System
+from munet.signatures import PrivateKey, is_signed
 from tests.evolve.export.whole import check_whole, read_generation
 from tests.support.system import TaskSketch, add_task, block_position, build_system
 
@@ -75,12 +76,20 @@ def _files_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evolve.export.publish._Publisher, "_check_routes", lambda *_: None)
 
 
+def is_signed_by(repository: pathlib.Path, number: int, key: PrivateKey) -> bool:
+    content, signature = (repository / f"generation-{number}.{kind}" for kind in ("json", "sig"))
+    return is_signed(content.read_bytes(), signature.read_bytes(), [key.public_key()])
+
+
 def relative_files(repository: pathlib.Path) -> set[str]:
     return {str(file.relative_to(repository)) for file in repository.rglob("*")}
 
 
-@pytest.mark.parametrize("is_first", [True, False])
-def test_killed_at_any_operation(before: pathlib.Path, tmp_path: pathlib.Path, is_first: bool) -> None:
+KEY = PrivateKey.generate()
+
+
+@pytest.mark.parametrize(("is_first", "key"), [(True, None), (False, None), (True, KEY)])
+def test_killed_at_any_operation(before: pathlib.Path, tmp_path: pathlib.Path, is_first: bool, key: PrivateKey | None) -> None:
     system = System.open(before / "system")
     whole, copies = tmp_path / "whole", tmp_path / "copies"
     copies.mkdir()
@@ -88,7 +97,7 @@ def test_killed_at_any_operation(before: pathlib.Path, tmp_path: pathlib.Path, i
         shutil.copytree(before / "repository", whole)
     with pytest.MonkeyPatch.context() as patch:
         camera = Camera(patch, whole, copies)
-        assert export_system(system, whole).changed
+        assert export_system(system, whole, signing_key=key).changed
     expected = check_whole(whole)
     assert camera.count > 40
     seen = set()
@@ -97,11 +106,12 @@ def test_killed_at_any_operation(before: pathlib.Path, tmp_path: pathlib.Path, i
         if not is_first or (copy / "CURRENT").exists():
             found = check_whole(copy)
             seen.add(found.number)
+            assert key is None or is_signed_by(copy, found.number, key)
             assert found.tasks == (
                 expected.tasks if found.number == expected.number else read_generation(before / "repository").tasks
             )
         if moment % REPUBLISHED == 0:
-            export_system(system, copy)
+            export_system(system, copy, signing_key=key)
             after = check_whole(copy)
             assert (after.tasks, after.multi_task_ensembles) == (expected.tasks, expected.multi_task_ensembles)
             left = relative_files(copy)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto
 
@@ -27,22 +30,104 @@ def test_a_segment_runs(segment: Segment) -> None:
     assert SegmentSession(segment).run(random_images(3, 8)).shape == (3, 4, 8)
 
 
+def rewritten(segment: Segment, content: bytes) -> Segment:
+    """Returns the segment with another file, as if that had been published."""
+    segment.model.write_bytes(content)
+    return dataclasses.replace(segment, sha256=hashlib.sha256(content).hexdigest())
+
+
 def test_bytes_that_are_no_model_are_refused(segment: Segment) -> None:
     for content in (b"", b"garbage" * 100, segment.model.read_bytes()[:500]):
-        segment.model.write_bytes(content)
         with pytest.raises(SegmentLoadError, match=segment.name):
-            SegmentSession(segment)
+            SegmentSession(rewritten(segment, content))
 
 
-def test_weights_outside_the_file_are_refused(segment: Segment) -> None:
+def test_a_file_that_is_no_longer_what_was_published_is_refused(segment: Segment) -> None:
+    """Between the generation's checks and the loading of a segment its file may be replaced."""
     model = onnx.load(segment.model)
-    tensor = model.graph.initializer[0]
+    model.doc_string = "as good as the other"
+    segment.model.write_bytes(model.SerializeToString())
+    with pytest.raises(SegmentLoadError, match=r"found sha256 .* expected sha256 .*, as published"):
+        SegmentSession(segment)
+    segment.model.unlink()
+    with pytest.raises(SegmentLoadError, match="No such file"):
+        SegmentSession(segment)
+
+
+def refer(tensor: Any, location: str) -> None:
+    """Has a tensor's values lie in another file."""
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="/etc/passwd")
+    tensor.external_data.add(key="location", value=location)
+
+
+def outside(name: str) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1])
+    refer(tensor, "/etc/passwd")
+    return tensor
+
+
+def in_a_branch(model: Any) -> None:
+    branch = onnx.helper.make_graph([], "branch", [], [], [outside("hidden")])
+    model.graph.node.append(onnx.helper.make_node("If", ["c"], ["d"], then_branch=branch, else_branch=branch))
+
+
+def in_a_sparse_tensor_of_a_branch(model: Any) -> None:
+    branch = onnx.GraphProto(name="branch")
+    branch.sparse_initializer.add().values.CopyFrom(outside("hidden"))
+    model.graph.node.append(onnx.helper.make_node("If", ["c"], ["d"], then_branch=branch))
+
+
+def in_a_function(model: Any) -> None:
+    node = onnx.helper.make_node("Constant", [], ["y"], value=outside("hidden"))
+    model.functions.append(onnx.helper.make_function("own", "f", [], ["y"], [node], [onnx.helper.make_opsetid("", 20)]))
+
+
+def without_its_mark(model: Any) -> None:
+    tensor = outside("hidden")
+    tensor.ClearField("data_location")
+    model.graph.initializer.append(tensor)
+
+
+REFERENCES = {
+    "absolute": lambda model: refer(model.graph.initializer[0], "/etc/passwd"),
+    "above": lambda model: refer(model.graph.initializer[0], "../../../secret"),
+    "beside": lambda model: refer(model.graph.initializer[0], "weights.bin"),
+    "nowhere": lambda model: refer(model.graph.initializer[0], ""),
+    "without its mark": without_its_mark,
+    "sparse": lambda model: model.graph.sparse_initializer.add().indices.CopyFrom(outside("hidden")),
+    "constant": lambda model: model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=outside("hidden"))),
+    "branch": in_a_branch,
+    "sparse tensor of a branch": in_a_sparse_tensor_of_a_branch,
+    "function": in_a_function,
+    "training": lambda model: model.training_info.add().initialization.initializer.append(outside("hidden")),
+    "compiled elsewhere": lambda model: model.graph.node.append(
+        onnx.helper.make_node("EPContext", [], ["c"], domain="com.microsoft", ep_cache_context="/etc/passwd", embed_mode=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_model_that_names_another_file_is_refused_before_onnx_runtime_sees_it(
+    segment: Segment, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(segment.model)
+    REFERENCES[kind](model)
+    hostile = rewritten(segment, model.SerializeToString())
+    monkeypatch.setattr("server.embedded.sessions.open_session", lambda *_: pytest.fail("ONNX Runtime has it"))
+    with pytest.raises(SegmentLoadError, match="references to what is outside the file"):
+        SegmentSession(hostile)
+
+
+def test_onnx_runtime_itself_would_read_the_other_file(segment: Segment) -> None:
+    """Otherwise the test above would be about nothing."""
+    model = onnx.load(segment.model)
+    tensor = model.graph.initializer[0]
+    (segment.model.parent / "weights.bin").write_bytes(tensor.raw_data)
+    refer(tensor, "weights.bin")
     segment.model.write_bytes(model.SerializeToString())
-    with pytest.raises(SegmentLoadError, match="outside the file"):
-        SegmentSession(segment)
+    session = onnxruntime.InferenceSession(segment.model, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"image": random_images(1, 8)})[0].shape == (1, 4, 8)
 
 
 @pytest.mark.parametrize("change", [{"name": "picture"}, {"data_type": "float32"}, {"shape": (9, 9, 3)}, {"shape": (8, 8)}])

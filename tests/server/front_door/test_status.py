@@ -3,7 +3,7 @@ from __future__ import annotations
 import grpc
 
 from server import errors
-from server.front_door.status import STATUS_OF_ERROR, status_of, trailing_metadata_of
+from server.front_door.status import STATUS_OF_ERROR, status_of, trailing_metadata_of, words_of
 
 
 def test_each_error_has_the_status_of_its_most_special_class() -> None:
@@ -20,3 +20,21 @@ def test_each_error_has_the_status_of_its_most_special_class() -> None:
 def test_overload_comes_with_a_hint() -> None:
     assert trailing_metadata_of(errors.OverloadedError("rows", 5, 4, 0.25)) == (("retry-after-ms", "250"),)
     assert trailing_metadata_of(errors.DeadlineError()) == ()
+
+
+def test_addresses_of_what_computes_are_told_to_nobody_who_asks() -> None:
+    for error in (
+        errors.NoEndpointError(["digits"], ["10.1.2.3:8001 is down: refused"]),
+        errors.EndpointGoneError("10.1.2.3:8001", "refused"),
+        errors.ModelFailedError("10.1.2.3:8001", "/var/lib/models/seg-1/1/model.onnx"),
+    ):
+        assert status_of(error) is grpc.StatusCode.UNAVAILABLE
+        assert words_of(error) == "what computes here cannot be reached now; try again later, or ask another server"
+    assert words_of(errors.UnavailableError("shutting down")).startswith(
+        "this server answers nothing now: found it shutting down"
+    )
+
+
+def test_access_is_denied_with_the_same_words_always() -> None:
+    assert status_of(errors.UnauthenticatedError()) is grpc.StatusCode.UNAUTHENTICATED
+    assert status_of(errors.ForbiddenError()) is grpc.StatusCode.PERMISSION_DENIED
