@@ -19,7 +19,6 @@ from server.tokens import TokenFile
 _READ = (
     "munet.v1.InferenceService/ListTasks",
     "munet.v1.InferenceService/GetTask",
-    "munet.v1.InferenceService/WatchTasks",
     "inference.GRPCInferenceService/ServerMetadata",
     "inference.GRPCInferenceService/ModelReady",
     "inference.GRPCInferenceService/ModelMetadata",
@@ -32,7 +31,6 @@ _READ = (
 _INFER = (
     "munet.v1.InferenceService/Classify",
     "munet.v1.InferenceService/ClassifyTasks",
-    "munet.v1.InferenceService/ClassifyStream",
     "inference.GRPCInferenceService/ModelInfer",
     "inference.GRPCInferenceService/ModelStreamInfer",
 )
