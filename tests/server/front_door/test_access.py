@@ -126,25 +126,26 @@ def test_the_scheme_is_read_in_any_case(server: ServerThread) -> None:
 
 
 CALLS = {
-    "list": (Role.READ, lambda address, creds: Client(address, credentials=creds).list_tasks()),
-    "get": (Role.READ, lambda address, creds: Client(address, credentials=creds).get_task("digits")),
-    "classify": (Role.INFER, lambda address, creds: Client(address, credentials=creds).classify("digits", IMAGE)),
-    "tasks": (Role.INFER, lambda address, creds: Client(address, credentials=creds).classify_tasks(IMAGE, ["digits"])),
-    "status": (Role.ADMIN, lambda address, creds: AdminClient(address, credentials=creds).status()),
-    "reload": (Role.ADMIN, lambda address, creds: AdminClient(address, credentials=creds).reload()),
+    "list": (Role.READ, Client, lambda client: client.list_tasks()),
+    "get": (Role.READ, Client, lambda client: client.get_task("digits")),
+    "classify": (Role.INFER, Client, lambda client: client.classify("digits", IMAGE)),
+    "tasks": (Role.INFER, Client, lambda client: client.classify_tasks(IMAGE, ["digits"])),
+    "status": (Role.ADMIN, AdminClient, lambda client: client.status()),
+    "reload": (Role.ADMIN, AdminClient, lambda client: client.reload()),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("token", "role"), [(READ, Role.READ), (INFER, Role.INFER), (ADMIN, Role.ADMIN), (None, Role.NOBODY)])
 def test_each_role_makes_its_calls_and_no_others(server: ServerThread, call: str, token: str | None, role: Role) -> None:
-    needed, make = CALLS[call]
+    needed, kind, make = CALLS[call]
     address = server.admin_address if needed is Role.ADMIN else server.address
-    if role >= needed:
-        assert make(address, Credentials(token=token)) is not None
-        return
-    with pytest.raises(CallDeniedError) as caught:
-        make(address, Credentials(token=token))
+    with kind(address, credentials=Credentials(token=token)) as asking:
+        if role >= needed:
+            assert make(asking) is not None
+            return
+        with pytest.raises(CallDeniedError) as caught:
+            make(asking)
     expected = ("UNAUTHENTICATED", UNKNOWN_WORDS) if token is None else ("PERMISSION_DENIED", SMALL_WORDS)
     assert (caught.value.status, caught.value.details) == expected
 
