@@ -1,4 +1,4 @@
-"""The Open Inference Protocol heeds tokens as the server's own calls do. Without it there is nothing to test."""
+"""The Open Inference Protocol heeds tokens as the server's own calls do."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from server.config import TokenSettings
 from server.tokens import add_line, line_of, new_token
 from tests.support.repository import TASKS, RepositoryBuilder, random_images
 from tests.support.serving import ServerThread, serving
-
-pytest.importorskip("server.front_door.open_inference")
 
 FEW, READ = new_token(), new_token()
 
