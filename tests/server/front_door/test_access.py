@@ -136,7 +136,12 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("token", "role"), [(READ, Role.READ), (INFER, Role.INFER), (ADMIN, Role.ADMIN), (None, Role.NOBODY)])
+@pytest.mark.parametrize(
+    ("token", "role"),
+    [(READ, Role.READ), (INFER, Role.INFER), (ADMIN, Role.ADMIN), (None, Role.NOBODY)],
+    # Tokens are drawn in each process: their tests must have the same names in all.
+    ids=["read", "infer", "admin", "nobody"],
+)
 def test_each_role_makes_its_calls_and_no_others(server: ServerThread, call: str, token: str | None, role: Role) -> None:
     needed, kind, make = CALLS[call]
     address = server.admin_address if needed is Role.ADMIN else server.address
