@@ -40,7 +40,10 @@ STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
 
 INTERNAL_TEXT = "the server failed to answer; its log says why under the id {id}"
 
-LOST_TEXT = "what computes here cannot be reached now; try again later, or ask another server"
+LOST_TEXT = (
+    "this server cannot answer this now: found what computes here out of reach, "
+    "expected it there; ask again later, or another one"
+)
 """Where Tritons are is no business of whoever asks questions. The log has it, and Status on the admin address."""
 
 RETRY_KEY = "retry-after-ms"

@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 900
 
 
 def smoke(what: str, results: pathlib.Path, python: pathlib.Path = PYTHON) -> list[dict[str, Any]]:
-    """Runs a benchmark and returns its lines."""
+    """Runs a benchmark and returns its lines; those that hand functions of their own to other processes need a Python of their own."""
     command = [
         str(python),
         "-m",
@@ -54,8 +54,8 @@ def figures_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_serve(tmp_path, warm_python):
-    lines = smoke("serve", tmp_path, warm_python)
+def test_serve(tmp_path):
+    lines = smoke("serve", tmp_path)
     figures = figures_of(lines)
     assert figures.keys() == {"S1", "S4", "S5"}
     assert all(0 < figure["value"] < math.inf for figure in figures.values())
@@ -131,8 +131,8 @@ def test_a_ratio_is_taken_within_each_repetition():
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_triton(tmp_path, warm_python):
-    lines = smoke("triton", tmp_path, warm_python)
+def test_triton(tmp_path):
+    lines = smoke("triton", tmp_path)
     figures = figures_of(lines)
     assert figures.keys() == {"T4"}
     assert 0 < figures["T4"]["value"] < math.inf
@@ -171,8 +171,8 @@ def test_early_stop(tmp_path, warm_python):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_scaling(tmp_path, warm_python):
-    lines = smoke("scaling", tmp_path, warm_python)
+def test_scaling(tmp_path):
+    lines = smoke("scaling", tmp_path)
     figures = figures_of(lines)
     assert figures.keys() == {"P1", "P2", "P3", "P4"}
     assert {line["kind"] for line in lines[:-1]} == {"measured", "arithmetic", "simulated"}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import grpc
 
 from server import errors
-from server.front_door.status import STATUS_OF_ERROR, status_of, trailing_metadata_of, words_of
+from server.front_door.status import LOST_TEXT, STATUS_OF_ERROR, status_of, trailing_metadata_of, words_of
 
 
 def test_each_error_has_the_status_of_its_most_special_class() -> None:
@@ -29,9 +29,10 @@ def test_addresses_of_what_computes_are_told_to_nobody_who_asks() -> None:
         errors.ModelFailedError("10.1.2.3:8001", "/var/lib/models/seg-1/1/model.onnx"),
     ):
         assert status_of(error) is grpc.StatusCode.UNAVAILABLE
-        assert words_of(error) == "what computes here cannot be reached now; try again later, or ask another server"
+        assert words_of(error) == LOST_TEXT
+        assert "found what computes here out of reach, expected it there" in LOST_TEXT
     assert words_of(errors.UnavailableError("shutting down")).startswith(
-        "this server answers nothing now: found it shutting down"
+        "this server cannot answer this now: found it shutting down"
     )
 
 
