@@ -3,7 +3,7 @@
 `WarmPython(...).executable` stands for `python`: with `-m MODULE` or `-c CODE` it runs in a process that was forked from one in which torch
 and this project are imported; with anything else it becomes Python itself. Standard streams, folder, environment, signals and exit
 status are as always, and a killed one takes the forked process with it, shortly after. What libraries read from the environment while they
-load is that of the tests.
+load is that of the tests. Not for programs that hand functions of their main module to multiprocessing, which would look for them here.
 """
 
 from __future__ import annotations
