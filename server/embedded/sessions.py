@@ -144,9 +144,13 @@ def open_session(model: bytes, device: str) -> Any:
     Raises:
         Exception: whatever ONNX Runtime raises; its errors share no other class.
     """
-    return onnxruntime.InferenceSession(
+    session = onnxruntime.InferenceSession(
         model, _session_options(), providers=[PROVIDERS[device]], provider_options=[PROVIDER_OPTIONS[device]]
     )
+    # It would keep the bytes, beside the weights it made of them, to begin anew on another device when one fails, which nobody wants here.
+    session.disable_fallback()
+    session._model_bytes = None
+    return session
 
 
 def prepare_device(device: str) -> None:

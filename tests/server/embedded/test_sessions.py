@@ -5,6 +5,7 @@ import hashlib
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import onnx
@@ -34,6 +35,22 @@ def rewritten(segment: Segment, content: bytes) -> Segment:
     """Returns the segment with another file, as if that had been published."""
     segment.model.write_bytes(content)
     return dataclasses.replace(segment, sha256=hashlib.sha256(content).hexdigest())
+
+
+def test_the_file_is_not_kept_beside_the_weights(segment: Segment) -> None:
+    model = onnx.load(segment.model)
+    model.doc_string = "x" * 20_000_000
+    large = rewritten(segment, model.SerializeToString())
+    del model
+    tracemalloc.start()
+    try:
+        session = SegmentSession(large)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert session.run(random_images(1, 8)).shape == (1, 4, 8)
+    assert most > 20_000_000, "it was read"
+    assert kept < 5_000_000
 
 
 def test_bytes_that_are_no_model_are_refused(segment: Segment) -> None:
