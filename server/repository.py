@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import types
@@ -371,7 +370,7 @@ def _is_plain(path: str) -> bool:
 
 def _signature(path: pathlib.Path) -> _Signature:
     try:
-        stat = os.stat(path)  # noqa: PTH116
+        stat = path.stat()
     except (OSError, ValueError):
         return None
     return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size

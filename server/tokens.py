@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import hmac
 import logging
-import os
 import pathlib
 import re
 import secrets
@@ -204,7 +203,7 @@ class TokenFile:
 
     def _state(self) -> _State | None:
         try:
-            stat = os.stat(self._file)  # noqa: PTH116
+            stat = self._file.stat()
         except OSError:
             return None
         return _State(stat.st_mtime_ns, stat.st_ino, stat.st_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +130,7 @@ def _read_file(setting: str, file: pathlib.Path) -> bytes:
 
 def _state_of(file: pathlib.Path) -> tuple[int, int, int] | None:
     try:
-        stat = os.stat(file)  # noqa: PTH116
+        stat = file.stat()
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_ino, stat.st_size

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -27,7 +28,7 @@ from server.errors import CallDeniedError, SettingsError, TaskNotFoundError
 from server.front_door.doorkeeper import ROLE_OF_METHOD
 from server.tokens import add_line, line_of, new_token
 from tests.support.repository import TASKS, RepositoryBuilder, random_images
-from tests.support.serving import ServerThread, serving
+from tests.support.serving import ServerThread, serving, wait_until
 
 IMAGE = random_images(1, 8)[0]
 READ, INFER, ADMIN, FEW, NONE = (new_token() for _ in range(5))
@@ -262,10 +263,10 @@ def test_health_is_open_but_tells_of_tasks_only_whom_they_are_for(server: Server
         with grpc.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
 
-            def status(service: str, token: str | None = None, stub: object = stub) -> str:
+            def status(service: str, token: str | None = None, stub: Any = stub) -> str:
                 metadata = (("authorization", f"Bearer {token}"),) if token else ()
                 try:
-                    answer = stub.Check(health_pb2.HealthCheckRequest(service=service), metadata=metadata)  # type: ignore[attr-defined]
+                    answer = stub.Check(health_pb2.HealthCheckRequest(service=service), metadata=metadata)
                 except grpc.RpcError as error:
                     return str(error.code().name)
                 return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
@@ -313,23 +314,14 @@ def test_tokens_change_under_a_running_server(root: pathlib.Path, tmp_path: path
         assert asking.list_tasks().tasks
         later = new_token()
         add_line(file, line_of("later", "read", later))
-        assert eventually(lambda: raw(server.address, LIST, (("authorization", f"Bearer {later}"),))[0] == "OK")
+        wait_until(lambda: raw(server.address, LIST, (("authorization", f"Bearer {later}"),))[0] == "OK")
         file.write_text("nonsense")
         time.sleep(0.1)
         assert asking.list_tasks().tasks
         file.write_text("[tokens]\n" + line_of("later", "read", later))
-        assert eventually(lambda: raw(server.address, LIST, (("authorization", f"Bearer {INFER}"),))[0] == "UNAUTHENTICATED")
+        wait_until(lambda: raw(server.address, LIST, (("authorization", f"Bearer {INFER}"),))[0] == "UNAUTHENTICATED")
         with pytest.raises(CallDeniedError):
             asking.list_tasks()
-
-
-def eventually(holds: object, timeout_seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        if holds():  # type: ignore[operator]
-            return True
-        time.sleep(0.02)
-    return False
 
 
 class _Ticking:

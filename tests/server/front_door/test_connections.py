@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server.client import Client
 from server.config import ConnectionSettings
 from tests.support.repository import DIGITS, RepositoryBuilder, random_images
-from tests.support.serving import ServerThread, serving
+from tests.support.serving import ServerThread, serving, wait_until
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS, PING, GOAWAY = 4, 6, 7
@@ -52,7 +52,7 @@ def server(root: pathlib.Path) -> Iterator[ServerThread]:
 def answers_afterwards(server: ServerThread) -> Iterator[None]:
     """Whatever somebody did, the next caller is answered."""
     yield
-    assert eventually(lambda: answers(server))
+    wait_until(lambda: answers(server))
 
 
 def answers(server: ServerThread) -> bool:
@@ -61,15 +61,6 @@ def answers(server: ServerThread) -> bool:
             return client.classify("digits", IMAGE, timeout_seconds=5).task == "digits"
         except Exception:
             return False
-
-
-def eventually(holds: object, timeout_seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        if holds():  # type: ignore[operator]
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def connect(server: ServerThread) -> socket.socket:
@@ -112,7 +103,7 @@ def test_more_connections_than_are_borne_are_closed_as_they_come(server: ServerT
         for _ in range(10):
             connections.append(stack.enter_context(connect(server)))
             connections[-1].sendall(PREFACE + frame(SETTINGS))
-        assert eventually(lambda: sum(map(is_closed, connections)) == 4)
+        wait_until(lambda: sum(map(is_closed, connections)) == 4)
         assert [is_closed(connection) for connection in connections] == [False] * 6 + [True] * 4
         assert not answers(server)
 
