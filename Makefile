@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 WHAT = --constraint constraints.txt --editable '.[dev]'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo triton test check bench-serve bench-triton bench-search bench-characters bench-kills bench-early-stop bench-train bench-scaling format proto clean
+.PHONY: help demo triton test check bench-serve bench-triton bench-soak bench-search bench-characters bench-kills bench-early-stop bench-train bench-whole-search bench-scaling format proto docs clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,11 +43,14 @@ check: $(READY) ## Format, lint, types, import contracts, generated code
 	@$(BIN)/python proto/generate.py --check
 	@echo "format, lint, types, imports and generated code are in order"
 
-bench-serve: $(READY) ## Measure S1, S4 and S5: routes in pieces beside whole models (8 minutes)
+bench-serve: $(READY) ## Measure S1 to S11: routes in pieces beside whole models and MLServer, memory, reloads, overload (35 minutes)
 	@$(BIN)/python -m benchmarks.serve --results benchmarks/results
 
 bench-triton: $(READY) triton ## Measure which engine when: embedded, Triton with shared and coarse segments, one model a task, the front door on it (14 minutes)
 	@$(BIN)/python -m benchmarks.triton --results benchmarks/results
+
+bench-soak: $(READY) ## Soak a server for half an hour: load and faults of every kind, wrong answers and what grows (30 minutes)
+	@$(BIN)/python -m benchmarks.soak --results benchmarks/results
 
 bench-search: $(READY) ## Measure Q6 and Q7: what a search costs beside training, in bytes and seconds (5 minutes)
 	@$(BIN)/python -m benchmarks.search --results benchmarks/results
@@ -61,8 +64,11 @@ bench-kills: $(READY) ## Measure Q5: what ten kills cost a search beside the wor
 bench-early-stop: $(READY) ## Measure what early judgement saves, and at what loss (20 minutes)
 	@$(BIN)/python -m benchmarks.early_stop --results benchmarks/results
 
-bench-train: $(READY) ## Measure T1 to T5: children trained together beside one by one (10 minutes)
+bench-train: $(READY) ## Measure T1 to T5: children trained together beside one by one (8 minutes)
 	@$(BIN)/python -m benchmarks.train --results benchmarks/results
+
+bench-whole-search: $(READY) ## Measure W1 to W3: a whole search, children one by one beside together and side by side (6 minutes)
+	@$(BIN)/python -m benchmarks.whole_search --results benchmarks/results
 
 bench-scaling: $(READY) ## Measure and simulate P1 to P4: what searches cost as tasks, children, layers and devices grow (7 minutes)
 	@$(BIN)/python -m benchmarks.scaling --results benchmarks/results
@@ -73,6 +79,9 @@ format: $(READY) ## Format the code and mend what the linter can mend
 
 proto: $(READY) ## Generate munet/v1 from proto/munet/v1
 	@$(BIN)/python proto/generate.py
+
+docs: $(READY) ## Write the tables of docs/operations.md that follow from the code
+	@$(BIN)/python docs/generate.py
 
 clean: ## Remove the environment and everything that was built
 	@rm -rf $(VENV) .triton .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

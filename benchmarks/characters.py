@@ -89,6 +89,15 @@ class BenchmarkSettings(Settings):
     searches: dict[str, dict[str, Any]]
 
 
+def experiment_of(settings: BenchmarkSettings) -> dict[str, Any]:
+    """Returns the recipe with what a benchmark changes in it, as `to_toml` takes it."""
+    recipe = load_settings(RECIPE, Experiment).model_dump(mode="json", exclude_defaults=True)
+    recipe["tasks"] = [task for task in recipe["tasks"] if settings.tasks is None or task["name"] in settings.tasks]
+    for part in ("search", "training"):
+        recipe[part] = {**recipe.get(part, {}), **getattr(settings, part)}
+    return recipe
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A method to run with a seed."""
@@ -111,11 +120,7 @@ class Benchmark:
         """
         self.settings = settings
         self.folder = folder
-        recipe = load_settings(RECIPE, Experiment).model_dump(mode="json", exclude_defaults=True)
-        recipe["tasks"] = [task for task in recipe["tasks"] if settings.tasks is None or task["name"] in settings.tasks]
-        for part in ("search", "training"):
-            recipe[part] = {**recipe.get(part, {}), **getattr(settings, part)}
-        self.experiment = recipe
+        recipe = self.experiment = experiment_of(settings)
         self.tasks = [str(task["name"]) for task in recipe["tasks"]]
         self.rounds = Experiment.model_validate(recipe).search.rounds
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.random_models import Architecture, random_layers
+from benchmarks.published import Architecture
+from benchmarks.random_models import random_layers
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings
 from evolve.documents import TaskRecord

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.many_tasks import NUM_CLASSES
-from benchmarks.random_models import CHARACTERS, Architecture
+from benchmarks.published import CHARACTERS, Architecture
 from benchmarks.reporting import TOP, Report, Target, rounded
 from benchmarks.simulation import Outcome, Search, Workers, simulate
 from benchmarks.train import Case as Trained

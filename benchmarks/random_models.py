@@ -5,15 +5,17 @@ What a model answers is of no interest here, how long it takes is; so no pretrai
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
+from unittest import mock
 
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from benchmarks.published import Published
+from benchmarks.published import Architecture, Own, Published, make_current
+from benchmarks.published import System as Wanted
+from evolve.adapter import initial_tensors
 from evolve.documents import TaskRecord
 from evolve.export.onnx import export_segment
 from evolve.export.publish import export_system
@@ -21,40 +23,13 @@ from evolve.export.segments import segment_of, units_of
 from evolve.export.settings import ExportSettings
 from evolve.flops import forward_flops
 from evolve.hyperparameters import Hyperparameters
-from evolve.layer import HEAD, NORM, Layer, LayerSpec, Position, Tensors, block_position
+from evolve.layer import HEAD, NORM, Layer, LayerKind, LayerSpec, Position, Tensors, block_position
 from evolve.path import Path, PlacedLayer, ordered_positions
-from evolve.specs import head_spec
+from evolve.specs import adapter_spec, head_spec
 from evolve.store import System
 from evolve.timm_models import decompose
 
 NUM_CLASSES = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A Vision Transformer.
-
-    Attributes:
-        name: for people.
-        width: of the hidden states.
-        heads: of each block's attention.
-        blocks: how many.
-        patch_size: in pixels.
-        image_size: in pixels.
-    """
-
-    name: str
-    width: int
-    heads: int
-    blocks: int
-    patch_size: int
-    image_size: int
-
-
-SMALL = Architecture("ViT-S/16 at 224 px", 384, 6, 12, 16, 224)
-CHARACTERS = Architecture("the bundled root: ViT-Ti/16, 3 blocks, 32 px", 192, 3, 3, 16, 32)
-TINY = Architecture("ViT-Ti/16 at 224 px", 192, 3, 12, 16, 224)
-SMOKE = Architecture("smoke: width 16, 3 blocks, 16 px", 16, 2, 3, 8, 16)
 
 
 def random_layers(architecture: Architecture) -> dict[Position, tuple[LayerSpec, Tensors]]:
@@ -71,62 +46,99 @@ def random_layers(architecture: Architecture) -> dict[Position, tuple[LayerSpec,
     return dict(decompose(vit, architecture.image_size))
 
 
-def publish(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, Sequence[int]]) -> Published:
-    """Builds a system of random weights and exports it with the real exporter; see `build` for what it takes."""
-    system = build(folder, architecture, tasks)
-    export_system(system, folder / "repository")
-    (folder / "whole").mkdir(parents=True)
+def publish(folder: pathlib.Path, wanted: Wanted) -> Published:
+    """Builds a system of random weights and publishes all its generations with the real exporter.
+
+    Routes are not compared with torch, which would take minutes: whoever measures compares both sides, and servers rehearse golden answers.
+
+    Args:
+        folder: for everything; made here.
+        wanted: what to publish.
+    """
+    system = build(folder, wanted.architecture, {})
+    repository = folder / "repository"
+    with (
+        mock.patch("evolve.export.publish._Publisher._check_routes"),
+        mock.patch("evolve.export.publish.NUM_GOLDEN_IMAGES", wanted.golden_images),
+        mock.patch("evolve.export.repository.KEPT_GENERATIONS", len(wanted.generations)),
+    ):
+        for number, tasks in enumerate(wanted.generations):
+            add_tasks(system, tasks, number)
+            export_system(system, repository)
+    make_current(repository, 1)
     paths = {name: system.path(record.path_id) for name, record in system.tasks().items()}
     whole = {}
-    for name, path in paths.items():
-        whole[name] = folder / "whole" / f"{name}.onnx"
-        segment = segment_of(units_of(path), ExportSettings())
-        whole[name].write_bytes(export_segment(segment, system.tensors, ExportSettings()))
-    return Published(folder / "repository", whole, _shared_share(list(paths.values())), architecture.image_size)
+    if wanted.whole:
+        (folder / "whole").mkdir()
+        for name, path in paths.items():
+            whole[name] = folder / "whole" / f"{name}.onnx"
+            segment = segment_of(units_of(path), ExportSettings())
+            whole[name].write_bytes(export_segment(segment, system.tensors, ExportSettings()))
+    return Published(repository, whole, _shared_share(list(paths.values())), wanted.architecture.image_size)
 
 
-def build(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, Sequence[int]]) -> System:
+def build(folder: pathlib.Path, architecture: Architecture, tasks: Mapping[str, Own]) -> System:
     """Builds a system of random weights.
 
     Args:
         folder: for everything; made here, the system within it.
         architecture: of the root.
-        tasks: for each task, the blocks of its own; final norm and head are always its own, all else is the root's.
+        tasks: what each task has of its own.
     """
     system = System.create(folder / "system", random_layers(architecture), architecture.image_size)
-    for order, (name, own_blocks) in enumerate(tasks.items()):
-        _add_task(system, name, order, {block_position(block) for block in own_blocks} | {NORM})
+    add_tasks(system, tasks)
     return system
 
 
-def _add_task(system: System, name: str, order: int, own: set[Position]) -> None:
-    random = np.random.default_rng(order)
-    layers = dict(system.root.layers)
+def add_tasks(system: System, tasks: Mapping[str, Own], seed: int = 0) -> None:
+    """Adds tasks to a system, or gives tasks it has another path.
+
+    Args:
+        system: whose.
+        tasks: what each has of its own.
+        seed: of these weights; another one gives others.
+    """
+    known = len(system.tasks())
+    for index, (name, own) in enumerate(tasks.items()):
+        record = system.task(name)
+        _add_task(system, name, record.order if record is not None else known + index, own, seed)
+
+
+def _add_task(system: System, name: str, order: int, own: Own, seed: int) -> None:
+    random = np.random.default_rng([order, seed])
+    root = dict(system.root.layers)
+    width, size = root[NORM].spec.integer("width"), system.root.hyperparameters.image_size
+    hyperparameters = Hyperparameters(num_blocks=system.root.num_blocks, image_size=size)
+    private = {block_position(block) for block in own.blocks} | {NORM}
 
     def layer_at(position: Position) -> Layer:
         if position == HEAD:
-            width = layers[NORM].spec.integer("width")
-            weight = 0.02 * random.standard_normal((NUM_CLASSES, width), dtype=np.float32)
-            return system.put_layer(head_spec(width, NUM_CLASSES), {"weight": weight, "bias": np.zeros(NUM_CLASSES, np.float32)})
-        layer = layers[position]
-        if position not in own:
-            return layer
+            spec = head_spec(width, NUM_CLASSES)
+            tensors = {"weight": np.zeros((NUM_CLASSES, width), np.float32), "bias": np.zeros(NUM_CLASSES, np.float32)}
+        elif position.kind is LayerKind.ADAPTER:
+            spec = adapter_spec(width, hyperparameters.adapter_width)
+            tensors = initial_tensors(spec, 0)
+        else:
+            layer = root[position]
+            if position not in private:
+                return layer
+            spec, tensors = layer.spec, system.tensors(layer.id)
         noisy = {
-            tensor: values + 0.01 * random.standard_normal(values.shape, dtype=np.float32)
-            for tensor, values in system.tensors(layer.id).items()
+            tensor: values + 0.02 * random.standard_normal(values.shape, dtype=np.float32) for tensor, values in tensors.items()
         }
-        return system.put_layer(layer.spec, noisy)
+        return system.put_layer(spec, noisy)
 
-    size = system.root.hyperparameters.image_size
+    positions = ordered_positions(system.root.num_blocks, own.adapters)
     path = Path.of(
         task=name,
-        layers=[PlacedLayer(position, layer_at(position)) for position in ordered_positions(system.root.num_blocks, ())],
-        hyperparameters=Hyperparameters(num_blocks=system.root.num_blocks, image_size=size),
+        layers=[PlacedLayer(position, layer_at(position)) for position in positions],
+        hyperparameters=hyperparameters,
         parent_id=system.root.id,
         quality=0.0,
     )
     system.put_path(path)
-    images = random.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
+    # Of the task alone: golden images that stay cost no reload anything.
+    images = np.random.default_rng(order).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     system.put_task(
         TaskRecord(
             name=name,

@@ -11,6 +11,7 @@ import dataclasses
 import datetime as dt
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -109,7 +110,12 @@ class Report:
             note: what the bound is made of, if that depends on the run.
         """
         described = f"{target} ({note})" if note else str(target)
-        self._figures[name] = {"value": rounded(value), "target": described, "met": target.is_met(value)}
+        # JSON has no word for what is infinite or no number.
+        self._figures[name] = {
+            "value": rounded(value) if math.isfinite(value) else None,
+            "target": described,
+            "met": target.is_met(value),
+        }
 
     def finish(self, model: str) -> None:
         """Prints the summary, and writes all lines to the folder of results if there is one.

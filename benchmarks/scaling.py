@@ -39,7 +39,7 @@ import numpy as np
 
 from benchmarks.many_tasks import NUM_CHILDREN, NUM_CLASSES, ManyTasks, unsynced
 from benchmarks.planning import Costs, Parts, plan_campaigns, plan_searches, plan_store
-from benchmarks.random_models import CHARACTERS, SMOKE, Architecture
+from benchmarks.published import CHARACTERS, SMOKE, Architecture
 from benchmarks.reporting import Report, Target, add_arguments, rounded, seconds_of
 from benchmarks.simulation import Search, Workers, simulate
 from evolve.closing import ActiveTask

@@ -48,8 +48,12 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from benchmarks.published import CHARACTERS, SMOKE, TINY, Architecture, Own
 from benchmarks.reporting import Report, Target, add_arguments, milliseconds, rounded
-from benchmarks.serve import Pixels, check_equal, in_fresh_process, server_process
+from benchmarks.serve.open_inference import pixels_request
+from benchmarks.serve.processes import descendants, memory, server_process
+from benchmarks.serve.sides import Pixels, check_equal
+from benchmarks.serve.workbench import in_fresh_process
 from server.client import AsyncClient
 from server.config import EngineSettings
 from server.embedded.engine import EmbeddedEngine
@@ -81,7 +85,7 @@ class Effort:
 
 
 FULL = Effort(repetitions=3, seconds=1.5)
-SMOKE = Effort(repetitions=1, seconds=0.2, at_a_time=(1, 2), several_at_a_time=(1,))
+QUICK = Effort(repetitions=1, seconds=0.2, at_a_time=(1, 2), several_at_a_time=(1,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,7 @@ class System:
     """What is measured.
 
     Attributes:
-        architecture: its name in benchmarks.random_models.
+        architecture: of the root.
         tasks: how many.
         own_blocks: blocks of its own of the first, second, ... task, then from the start again.
         tasks_per_image: that coarse segments are chosen for.
@@ -97,7 +101,7 @@ class System:
         slowness: how many times longer a load takes than of a small model.
     """
 
-    architecture: str
+    architecture: Architecture
     tasks: int
     own_blocks: tuple[tuple[int, ...], ...]
     tasks_per_image: int
@@ -105,17 +109,17 @@ class System:
     slowness: float = 1.0
 
     @property
-    def blocks_by_task(self) -> dict[str, tuple[int, ...]]:
-        """Blocks of its own of each task."""
-        return {f"task-{number}": self.own_blocks[number % len(self.own_blocks)] for number in range(self.tasks)}
+    def own_by_task(self) -> dict[str, Own]:
+        """What each task has of its own."""
+        return {f"task-{number}": Own(self.own_blocks[number % len(self.own_blocks)]) for number in range(self.tasks)}
 
 
 SYSTEMS = {
-    "T4": System("CHARACTERS", 4, ((), (1,), (2,)), tasks_per_image=1, several=4),
-    "T50": System("CHARACTERS", 50, ((), (1,), (2,)), tasks_per_image=1, several=4),
-    "L4": System("TINY", 4, ((10, 11),), tasks_per_image=4, several=4, slowness=2.0),
+    "T4": System(CHARACTERS, 4, ((), (1,), (2,)), tasks_per_image=1, several=4),
+    "T50": System(CHARACTERS, 50, ((), (1,), (2,)), tasks_per_image=1, several=4),
+    "L4": System(TINY, 4, ((10, 11),), tasks_per_image=4, several=4, slowness=2.0),
 }
-SMOKE_SYSTEMS = {"T4": System("SMOKE", 2, ((), (2,)), tasks_per_image=1, several=2)}
+SMOKE_SYSTEMS = {"T4": System(SMOKE, 2, ((), (2,)), tasks_per_image=1, several=2)}
 
 
 def main() -> None:
@@ -126,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     find_environment()
     report = Report("triton", arguments)
-    systems, effort = (SMOKE_SYSTEMS, SMOKE) if arguments.smoke else (SYSTEMS, FULL)
+    systems, effort = (SMOKE_SYSTEMS, QUICK) if arguments.smoke else (SYSTEMS, FULL)
     for name in [name for name in arguments.only if name in systems]:
         with tempfile.TemporaryDirectory(prefix="munet-triton-") as folder:
             measure(name, systems[name], effort, pathlib.Path(folder), report)
@@ -158,7 +162,7 @@ def publish(folder: pathlib.Path, system: System) -> list[Layout]:
     from evolve.export.coarsening import ENGINE_COSTS, Coarseness
     from evolve.export.publish import export_system
 
-    built = random_models.build(folder, getattr(random_models, system.architecture), system.blocks_by_task)
+    built = random_models.build(folder, system.architecture, system.own_by_task)
     costs = ENGINE_COSTS["triton"]
     coarsenesses = {
         SHARED: None,
@@ -326,7 +330,7 @@ async def ask_ensembles(calls: Any, generation: Generation, image: Pixels, tasks
     """Asks for one task by its ensemble, for several by that of all tasks with the outputs of these."""
     if len(tasks) == 1:
         return {tasks[0]: await infer(calls, generation.tasks[tasks[0]].ensemble, image)}
-    request = make_request(generation.ensembles[image.shape[1]], image)
+    request = pixels_request(generation.ensembles[image.shape[1]], image)
     for task in tasks:
         request.outputs.add(name=f"logits_{task}")
     response = await calls.ModelInfer(request)
@@ -342,39 +346,12 @@ async def ask_models(calls: Any, generation: Generation, image: Pixels, tasks: S
 
 async def infer(calls: Any, model: str, image: Pixels) -> Any:
     """Returns the logits of a model of one output, [1, classes]."""
-    return to_logits((await calls.ModelInfer(make_request(model, image))).raw_output_contents[0])
-
-
-def make_request(model: str, image: Pixels) -> service_pb2.ModelInferRequest:
-    """Returns a request for one image."""
-    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[image.tobytes()])
-    request.inputs.add(name="image", datatype="UINT8", shape=image.shape)
-    return request
+    return to_logits((await calls.ModelInfer(pixels_request(model, image))).raw_output_contents[0])
 
 
 def to_logits(content: bytes) -> Any:
     """Returns what an output of one row holds."""
     return np.frombuffer(content, np.float32)[np.newaxis]
-
-
-def descendants(pid: int) -> list[int]:
-    """Returns the processes that a process started, and those that they started."""
-    children = [
-        int(child)
-        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
-    return [*children, *itertools.chain(*map(descendants, children))]
-
-
-def memory(processes: Sequence[int]) -> dict[str, float]:
-    """Returns what processes take, in MiB."""
-    found = {"pss_mib": 0, "rss_mib": 0}
-    for pid in processes:
-        fields = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().split()
-        for name, field in (("pss_mib", "Pss:"), ("rss_mib", "Rss:")):
-            found[name] += int(fields[fields.index(field) + 1])
-    return {name: rounded(kib / 1024) for name, kib in found.items()}
 
 
 # Loads
@@ -433,7 +410,7 @@ async def put_loads(servings: Sequence[Serving], system: System, effort: Effort)
     """Puts every load on every server, in turns; all answers are compared first, which also warms up."""
     size = next(iter(servings[0].generation.tasks.values())).image_size
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-    tasks = list(system.blocks_by_task)
+    tasks = list(system.own_by_task)
     kinds = [(1, count) for count in effort.at_a_time] + [(system.several, count) for count in effort.several_at_a_time]
     loads: list[Loads] = [{kind: Load() for kind in kinds} for _ in servings]
     async with contextlib.AsyncExitStack() as stack:

@@ -5,6 +5,7 @@ Usage: python -m demo. Everything is written to .demo/, which each run starts an
 
 from __future__ import annotations
 
+import argparse
 import io
 import pathlib
 import re
@@ -262,6 +263,7 @@ def in_order(generations: Sequence[int]) -> bool:
 
 def main() -> None:
     """Runs the demo and says whether everything held."""
+    argparse.ArgumentParser(prog="python -m demo", description=__doc__).parse_args()
     started = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()

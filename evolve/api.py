@@ -348,6 +348,7 @@ def publish(
     coarseness: Coarseness | None = None,
     response_cache: bool = False,
     signing_key: PrivateKey | None = None,
+    canary_percent: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PublishResult:
     """Publishes every task's current path to a model repository, as `munet-evolve export` does.
@@ -361,6 +362,8 @@ def publish(
             it, segments are as long as sharing allows.
         response_cache: whether a Triton that has a cache may keep what the segments answer that take the image.
         signing_key: signs the generation, see `evolve.signing.read_signing_key`; without it, there is no signature.
+        canary_percent: publishes a canary beside the current generation, which gets so many of a hundred requests; see
+            evolve.export.releases for what may become of it.
         progress: takes a sentence about each step.
 
     Raises:
@@ -377,6 +380,7 @@ def publish(
         coarseness=coarseness,
         response_cache=response_cache,
         signing_key=signing_key,
+        canary_percent=canary_percent,
         progress=progress,
     )
 

@@ -25,19 +25,22 @@ from evolve import api
 from evolve.baseline import BaselinePlan, Method, is_finished
 from evolve.collecting import collect
 from evolve.config import Experiment, load_settings
-from evolve.errors import DamagedError, EvolveError, SettingsError, SystemFolderError
+from evolve.errors import DamagedError, DeviceFailedError, EvolveError, SettingsError, SystemFolderError
 from evolve.export.coarsening import ENGINE_COSTS, Coarseness
 from evolve.export.settings import Precision, Target
 from evolve.interruption import Interrupted, interruptible
 from evolve.lineage import lineage_hash
 from evolve.observers import Observers
-from evolve.printing import LoadingProgress, counted, print_collection, print_summary
+from evolve.printing import LoadingProgress, print_collection, print_summary
 from evolve.progress import BaselineProgressObserver, ProgressObserver, publishing
+from evolve.release_commands import add_to as add_release_commands
 from evolve.search import SearchPlan
 from evolve.store import System
 from evolve.summary import summarise
 from evolve.verification import verify as verify_system
 from evolve.watch import Watcher, follow, view
+from munet.command_line import add_version
+from munet.words import counted
 
 if TYPE_CHECKING:
     from evolve.tensorboard import TensorBoardObserver
@@ -47,9 +50,14 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Evolves classification tasks from one pretrained Vision Transformer: each task gets a path of layers that are reused "
+)
+
+add_version(
+    app,
+    "Evolves classification tasks from one pretrained Vision Transformer: each task gets a path of layers that are reused "
     "frozen, cloned and trained, adapted or left out. What other tasks use never changes.",
 )
+add_release_commands(app)
 
 key_app = typer.Typer(help="Makes keys that sign generations.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
@@ -380,11 +388,20 @@ def export(
         typer.Option("--response-cache", help="Let a Triton that has a cache keep what the segments answer that take the image."),
     ] = False,
     sign: SignOption = None,
+    canary: Annotated[
+        float | None,
+        typer.Option(
+            "--canary",
+            metavar="PERCENT",
+            help="Publish it beside the current generation: so many of a hundred requests go to it.",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Publish every task's current path to a model repository, as a new generation."""
     form = _Form.of(target, precision, segments, tasks_per_image, memory_factor, response_cache=response_cache)
     signing_key = _signing_key(sign)
-    typer.echo(_export(System.open(system), repository, form, rich.console.Console(), signing_key))
+    typer.echo(_export(System.open(system), repository, form, rich.console.Console(), signing_key, canary))
 
 
 @key_app.command()
@@ -414,6 +431,12 @@ def main() -> None:
         except Interrupted as signal:
             typer.echo("interrupted", err=True)
             sys.exit(signal.status)
+        except RuntimeError as error:
+            # Torch has no class of its own for it on every version.
+            if not str(error).startswith("CUDA error"):
+                raise
+            typer.echo(f"error: {DeviceFailedError(str(error).partition(chr(10))[0])}", err=True)
+            sys.exit(2)
 
 
 def _open_to_read(location: str) -> System:
@@ -536,6 +559,7 @@ def _export(
     form: _Form,
     console: rich.console.Console,
     signing_key: PrivateKey | None,
+    canary_percent: float | None = None,
 ) -> str:
     """Publishes, telling what is under way, and returns what was done in words."""
     with publishing(console, repository) as tell:
@@ -547,13 +571,15 @@ def _export(
             coarseness=form.coarseness,
             response_cache=form.response_cache,
             signing_key=signing_key,
+            canary_percent=canary_percent,
             progress=tell,
         )
     choice = "" if result.choice is None else f"\n{repository}: {result.choice}"
     if not result.changed:
         return f"{repository}: generation {result.generation} is up to date{choice}"
     return (
-        f"{repository}: published generation {result.generation}{', signed' if signing_key else ''}, "
+        f"{repository}: published generation {result.generation}{', signed' if signing_key else ''}"
+        f"{'' if canary_percent is None else f' as canary, {canary_percent:g} %'}, "
         f"{counted(len(result.new_segments), 'new segment')}, "
         f"{len(result.reused_segments)} as before, {result.seconds:.1f} s{choice}"
     )

@@ -9,6 +9,7 @@
     │   └── StoreError          a store cannot be used, or does not answer
     ├── TrainerError            a trainer of somebody's own does not keep its promises
     ├── WorkersDiedError        workers of a search die again and again
+    ├── DeviceFailedError       a GPU failed in the process that trains
     ├── ClusterError            a Ray cluster cannot be reached, or none of its nodes can train
     ├── MemoryShortageError     a child does not fit into memory, however small the parts
     ├── BusyError               another process is evolving the same task
@@ -94,6 +95,17 @@ class WorkersDiedError(EvolveError):
             f"found worker processes that died {num_times} times in a row {what}" + (f" ({reason})" if reason else ""),
             "workers that live",
             "too little memory ends processes without a word: set fewer workers or a smaller pack_size",
+        )
+
+
+class DeviceFailedError(EvolveError):
+    """A GPU failed in the process that trains, which can compute nothing more on it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"found {reason}",
+            "a device that computes",
+            "what was trained so far is kept: run the same command again. With workers = 2 or more, workers start anew by themselves",
         )
 
 

@@ -13,6 +13,7 @@ from evolve.collecting import Collection, Kind
 from evolve.data.task import TaskData
 from evolve.progress import loading
 from evolve.summary import SystemSummary
+from munet.words import counted
 
 
 class LoadingProgress:
@@ -83,8 +84,3 @@ def print_collection(collection: Collection) -> None:
         typer.echo(f"freed {collection.num_bytes:,} bytes")
     else:
         typer.echo(f"would free {collection.num_bytes:,} bytes; --delete does it")
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Returns a number with its noun, such as `1 task` or `2 children`; `plural` where an s does not make it."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

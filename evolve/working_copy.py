@@ -26,7 +26,6 @@ import json
 import pathlib
 import re
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,14 +33,14 @@ import safetensors
 import safetensors.numpy
 
 from evolve.documents import TaskRecord, check_document, parse_json, read_json, to_json
-from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
-from evolve.journal import Journal, Record, free_name_aside
+from evolve.errors import DamagedError, StoreError, SystemFolderError
+from evolve.journal import Journal, Record
 from evolve.layer import Layer, LayerKind, LayerSpec, Position, Tensors, layer_id
 from evolve.objects import LANDMARK, Objects, open_objects
 from evolve.path import Path, path_id
+from evolve.shared_journals import SharedJournals, newest_versions
 from evolve.store import JournalFile, System
 from evolve.user_cache import cache_folder
-from munet.files import sync_folder
 
 FORMAT = "store-1"
 """Version of the layout described above."""
@@ -50,10 +49,6 @@ _NOTE = "working-copy.json"
 
 _COLLECTED = ("layers", "paths", "examples", "tasks", "journal")
 """Where garbage is; of tasks and journals nothing but what killed writers left."""
-
-_MOST_LOOKS = 100
-_LOOK_SECONDS = 1.0
-"""So often, after so many seconds each, an object is looked for that a store lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +81,7 @@ class WorkingCopy(System):
         self._records: dict[str, TaskRecord] = {}
         self._begun: dict[str, int] = {}
         self._is_at_work = False
+        self._journals = SharedJournals(self.folder, objects, self.locks, self._write)
         # Names of what is known to be in the store, and of what this process has written here.
         self._shared: set[str] = set()
         self._written: set[str] = set()
@@ -171,7 +167,7 @@ class WorkingCopy(System):
 
     def pull(self) -> None:
         """See System.pull."""
-        newest = _newest(self._objects.names("tasks"))
+        newest = newest_versions(self._objects.names("tasks"))
         missing = [name for name in map(_version_name, newest.items()) if not (self.folder / f"{name}.json").exists()]
         for name, data in self._objects.get_all([f"{name}.json" for name in missing]).items():
             parse_json(data, f"{self.location}/{name}")
@@ -218,7 +214,7 @@ class WorkingCopy(System):
             # Of two machines that close one search, each may have been killed before the other came to its end.
             if now is not None and (now.path_id, now.rounds) == (record.path_id, record.rounds):
                 return now
-            raise self._conflict(self.journal_file(record.name, record.rounds - 1))
+            raise self._journals.conflict(self.journal_file(record.name, record.rounds - 1))
         return record
 
     def _create_version(self, task: str, document: Mapping[str, Any]) -> bool:
@@ -234,11 +230,11 @@ class WorkingCopy(System):
         record = self.task(name)
         for number in range(record.rounds + 1 if record is not None else 1):
             file = self.journal_file(name, number)
-            self._catch_up(file)
+            self._journals.catch_up(file)
             if file.exists():
                 self.set_journal_aside(JournalFile(name, number, file, is_closed=False))
         if record is not None and not self._create_version(name, {"record": None}) and self.task(name) is not None:
-            raise self._conflict(self.journal_file(name, record.rounds))
+            raise self._journals.conflict(self.journal_file(name, record.rounds))
 
     @contextlib.contextmanager
     def evolving(self, task: str) -> Iterator[None]:
@@ -249,7 +245,7 @@ class WorkingCopy(System):
             versions = self._versions or {}
             self._begun[task] = versions[task].number if task in versions else 0
             record = self.task(task)
-            self._catch_up(self.journal_file(task, 0 if record is None else record.rounds))
+            self._journals.catch_up(self.journal_file(task, 0 if record is None else record.rounds))
             yield
 
     @contextlib.contextmanager
@@ -257,7 +253,7 @@ class WorkingCopy(System):
         """See System.comparing."""
         with self.locks.comparing(baseline, task):
             self._is_at_work = True
-            self._catch_up(self.folder / "baselines" / baseline / f"{task}.jsonl")
+            self._journals.catch_up(self.folder / "baselines" / baseline / f"{task}.jsonl")
             yield
 
     # Journals
@@ -273,73 +269,20 @@ class WorkingCopy(System):
 
     def pull_journals(self) -> None:
         """See System.pull_journals."""
-        for folder in ("journal", "baselines"):
-            for name, number in _newest(self._objects.names(folder)).items():
-                self._pull(self.folder / f"{name}.jsonl", number)
+        self._journals.pull_all()
 
     def pull_journal(self, file: pathlib.Path) -> None:
         """See System.pull_journal."""
-        self._pull(file, self._newest_number(file))
-
-    def _pull(self, file: pathlib.Path, number: int) -> None:
-        if number == self._stored(file)[0]:
-            return
-        is_search = file.parent.name == "journal"
-        task, baseline = (file.stem.rpartition("-")[0], None) if is_search else (file.stem, file.parent.name)
-        # What a process of this machine is at work on is at least as new, and only that process may touch it.
-        with self.locks.unless_busy(task, baseline) as is_free:
-            if is_free:
-                self._catch_up(file)
-
-    def _catch_up(self, file: pathlib.Path) -> None:
-        """Brings a journal to the version in the store, unless it is that, with results that were not shared yet. Its lock is held."""
-        number, data = self._newest_version(file)
-        if number == self._stored(file)[0]:
-            return
-        if number == 0:
-            # Somebody has taken it out of the store: what is here is put there again.
-            self._note_stored(file, 0, 0)
-            return
-        own = file.read_bytes() if file.exists() else b""
-        if not (own.startswith(data) and (data or not own)):
-            whole = own[: own.rfind(b"\n") + 1]
-            if whole and not (data and data.startswith(whole)):
-                self._keep(file)
-            if data:
-                self._write(file, data)
-            else:
-                file.unlink(missing_ok=True)
-        self._note_stored(file, number, len(data))
-
-    def _newest_version(self, file: pathlib.Path) -> tuple[int, bytes]:
-        """Returns number and content of a journal's newest version; no content if it is the one here, and 0 if there is none.
-
-        Raises:
-            DamagedError: one is listed, time and again, and is not there.
-        """
-        for _ in range(_MOST_LOOKS):
-            number = self._newest_number(file)
-            if number in (0, self._stored(file)[0]):
-                return number, b""
-            data = self._objects.get(self._version_of(file, number))
-            if data is not None:
-                return number, data
-            # It was superseded meanwhile, or a share lists for a while what is gone.
-            time.sleep(_LOOK_SECONDS)
-        raise DamagedError(
-            f"found {self._version_of(file, number)} listed in {self.location}, and no such object",
-            "what is listed",
-            "restore it, or remove what is left of it",
-        )
+        self._journals.pull(file)
 
     def share(self, journal: Journal) -> None:
         """See System.share."""
         file = journal.file
-        number, length = self._stored(file)
+        number, length = self._journals.stored(file)
         data = file.read_bytes()
         if len(data) != length:
             self._share_named(journal.records)
-            self._create_journal(file, number + 1, data)
+            self._journals.create(file, number + 1, data)
 
     def _share_named(self, records: Iterable[Record]) -> None:
         """Puts what the records of a search name: paths of survivors with their layers, and the examples of the last."""
@@ -350,80 +293,14 @@ class WorkingCopy(System):
             if record["type"] == "close" and "examples" in record:
                 self._share_file(self.folder / "examples" / record["examples"])
 
-    def _create_journal(self, file: pathlib.Path, number: int, data: bytes) -> None:
-        """Creates the next version of a journal.
-
-        Raises:
-            ConflictError: another machine has.
-        """
-        created = self._objects.create(self._version_of(file, number), data)
-        there = _numbers(self._objects.names(self._folder_of(file)))
-        # One that was superseded may be gone, so that its number was free.
-        if not created or any(later > number for later in there):
-            raise self._conflict(file)
-        self._note_stored(file, number, len(data))
-        self._objects.remove([self._version_of(file, old) for old in there if old < number])
-
     def set_journal_aside(self, journal: JournalFile, *, copy: bool = False) -> pathlib.Path:
         """See System.set_journal_aside; on this machine alone, while in the store the round starts over."""
         target = super().set_journal_aside(journal, copy=copy)
         file = self.journal_file(journal.task, journal.round)
-        number, length = self._stored(file)
+        number, length = self._journals.stored(file)
         if not copy and length:
-            self._create_journal(file, number + 1, b"")
+            self._journals.create(file, number + 1, b"")
         return target
-
-    def _conflict(self, file: pathlib.Path) -> ConflictError:
-        """Returns what tells that another machine has gone on with a journal; that of this machine is kept aside."""
-        kept = self._keep(file)
-        return ConflictError(
-            f"found that another machine has gone on with {self._folder_of(file)} of {self.location}",
-            "one machine at a time at work on a round of a task",
-            f"this machine's results since are no part of the system; their journal is kept{f' as {kept}' if kept else ''}; "
-            "run again once the other has ended, to go on from what it published",
-        )
-
-    def _keep(self, file: pathlib.Path) -> pathlib.Path | None:
-        """Moves a journal aside, with no word to the store; None if there is none."""
-        removed = self.folder / "journal" / "removed"
-        stem = file.stem if file.parent.name == "journal" else f"{file.parent.name}-{file.stem}"
-        try:
-            self._stored_file(file).unlink(missing_ok=True)
-            if not file.exists():
-                return None
-            removed.mkdir(exist_ok=True, parents=True)
-            target = free_name_aside(removed, stem)
-            file.rename(target)
-            sync_folder(removed)
-        except OSError as error:
-            raise SystemFolderError(
-                f"could not write in {removed} ({error.strerror})", "a writable folder with free space"
-            ) from error
-        return target
-
-    def _newest_number(self, file: pathlib.Path) -> int:
-        return max(_numbers(self._objects.names(self._folder_of(file))), default=0)
-
-    def _folder_of(self, file: pathlib.Path) -> str:
-        return self._name(file).removesuffix(".jsonl")
-
-    def _version_of(self, file: pathlib.Path, number: int) -> str:
-        return f"{self._folder_of(file)}/{number}.jsonl"
-
-    def _stored_file(self, file: pathlib.Path) -> pathlib.Path:
-        return file.with_suffix(".stored")
-
-    def _stored(self, file: pathlib.Path) -> tuple[int, int]:
-        """Returns the number of the version in the store that a journal here goes on from, and its length; 0, 0 before the first."""
-        try:
-            number, length = self._stored_file(file).read_text().split()
-            return int(number), int(length)
-        except (OSError, ValueError):
-            # It will be compared with the store's.
-            return 0, 0
-
-    def _note_stored(self, file: pathlib.Path, number: int, length: int) -> None:
-        self._write(self._stored_file(file), f"{number} {length}\n".encode())
 
     # The rest
 
@@ -527,20 +404,6 @@ def _with_parents(versions: Mapping[str, _Version], root: str) -> Iterator[tuple
         if version.record is not None:
             parent = next((one for one in version.ancestors if one in current), root)
             yield name, dataclasses.replace(version.record, parent_id=parent)
-
-
-def _newest(names: Iterable[str]) -> dict[str, int]:
-    """Returns the greatest number in each folder of versions, by its name."""
-    newest: dict[str, int] = {}
-    for name in names:
-        folder = name.rpartition("/")[0]
-        newest[folder] = max([newest.get(folder, 0), *_numbers([name])])
-    return {folder: number for folder, number in newest.items() if number}
-
-
-def _numbers(names: Iterable[str]) -> list[int]:
-    stems = (name.rpartition("/")[2].partition(".")[0] for name in names)
-    return [int(stem) for stem in stems if stem.isdigit()]
 
 
 def _version_name(version: tuple[str, int]) -> str:

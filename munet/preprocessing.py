@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, MpoImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+
+# Else Pillow would load its plugins when the first image needs one: where no file can be opened then, the image would be blamed.
+Image.preinit()
 
 VERSION = 1
 """Version of what this module computes."""

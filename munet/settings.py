@@ -17,6 +17,9 @@ _WITH_WORDS_OF_THEIR_OWN = frozenset(
 )
 """Findings whose message says more than what may stand there."""
 
+_KEY = "[key]"
+"""What pydantic calls a table's key, after the key, where it is the key that cannot be used."""
+
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
@@ -91,7 +94,7 @@ def _allowed(kind: Any, location: Sequence[int | str]) -> tuple[str, str]:
         inner = _step(annotation, part)
         if inner is None:
             # The rest of the location names one of several alternatives: no setting, and no name that its writer would know.
-            if isinstance(part, str) and _is_model(annotation):
+            if isinstance(part, str) and _is_model(annotation) and part != _KEY:
                 names.append(part)
                 annotation = None
             break
@@ -112,6 +115,8 @@ def _step(annotation: Any, part: int | str) -> tuple[Any, bool] | None:
         bare, _ = _unwrap(alternative)
         if isinstance(part, int) and get_origin(bare) is tuple:
             return get_args(bare)[0], True
+        if isinstance(part, str) and get_origin(bare) is dict:
+            return get_args(bare)[1], True
         if _is_model(bare) and part in _tags(bare):
             return bare, False
         if bare is not annotation and _is_model(bare) and part in bare.model_fields:

@@ -6,7 +6,7 @@ import dataclasses
 import datetime as dt
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,10 @@ from google.protobuf import message
 
 from munet.preprocessing import to_rgb
 from munet.v1 import admin_pb2, inference_pb2
+from server.engine import SegmentDistributions
+from server.histogram import Distribution
 from server.results import (
+    CanaryStatus,
     Classification,
     ClassifyResult,
     ClassifyTasksResult,
@@ -22,9 +25,12 @@ from server.results import (
     LabelProbability,
     ReloadReport,
     ReloadResult,
+    RollbackResult,
     SegmentCounters,
     ServerStatus,
+    TaskChanges,
     TaskClassification,
+    TaskCounters,
     TaskInfo,
     TaskList,
 )
@@ -33,6 +39,15 @@ Image = bytes | pathlib.Path | npt.NDArray[np.uint8]
 """A whole image file's bytes, the path of one, or pixels: uint8 [height, width, 3] (RGB), [height, width, 1] or [height, width] (grey)."""
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
+
+LabelName = Literal["", "stable", "canary"]
+"""Which generation is to answer; empty leaves it to the server."""
+
+_LABELS: dict[LabelName, inference_pb2.Label] = {
+    "": inference_pb2.LABEL_UNSPECIFIED,
+    "stable": inference_pb2.LABEL_STABLE,
+    "canary": inference_pb2.LABEL_CANARY,
+}
 
 _T = TypeVar("_T")
 
@@ -47,6 +62,7 @@ class Call(Generic[_T]):
         response: the message that is answered.
         read: turns the answer into what the caller gets.
         timeout_seconds: deadline.
+        is_repeatable: whether sending it twice does no harm, so that it is sent again where that may help.
     """
 
     method: str
@@ -54,6 +70,7 @@ class Call(Generic[_T]):
     response: type[message.Message]
     read: Callable[[Any], _T]
     timeout_seconds: float | None
+    is_repeatable: bool = False
 
 
 def classify(
@@ -62,6 +79,7 @@ def classify(
     *,
     top_k: int = 1,
     include_logits: bool = False,
+    label: LabelName = "",
     timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
 ) -> Call[ClassifyResult]:
     """Asks one task about one or more images.
@@ -71,6 +89,7 @@ def classify(
         images: one, or a sequence of them.
         top_k: how many labels to answer with; more than there are means all.
         include_logits: whether to answer with all logits too.
+        label: which generation is to answer, `stable` or `canary`; empty leaves it to the server.
         timeout_seconds: deadline; none means to wait for ever.
 
     Raises:
@@ -82,11 +101,14 @@ def classify(
     """
     several: Sequence[Image] = [images] if isinstance(images, bytes | pathlib.Path | np.ndarray) else images
     request = inference_pb2.ClassifyRequest(
-        task=task, images=[_to_image(image) for image in several], top_k=top_k, include_logits=include_logits
+        task=task,
+        images=[_to_image(image) for image in several],
+        top_k=top_k,
+        include_logits=include_logits,
+        label=_LABELS[label],
     )
-    return Call(
-        "/munet.v1.InferenceService/Classify", request, inference_pb2.ClassifyResponse, _to_classify_result, timeout_seconds
-    )
+    response = inference_pb2.ClassifyResponse
+    return Call("/munet.v1.InferenceService/Classify", request, response, _to_classify_result, timeout_seconds, True)
 
 
 def classify_tasks(
@@ -95,6 +117,7 @@ def classify_tasks(
     *,
     top_k: int = 1,
     include_logits: bool = False,
+    label: LabelName = "",
     timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
 ) -> Call[ClassifyTasksResult]:
     """Asks several tasks about one image; what their routes share is computed once.
@@ -104,6 +127,7 @@ def classify_tasks(
         tasks: their names; none means every task that is served.
         top_k: how many labels to answer with; more than there are means all.
         include_logits: whether to answer with all logits too.
+        label: which generation is to answer, `stable` or `canary`; empty leaves it to the server.
         timeout_seconds: deadline; none means to wait for ever.
 
     Raises:
@@ -115,9 +139,11 @@ def classify_tasks(
     """
     if isinstance(tasks, str):
         raise TypeError(f"found tasks {tasks!r}, expected a sequence of names; write [{tasks!r}]")
-    request = inference_pb2.ClassifyTasksRequest(image=_to_image(image), tasks=tasks, top_k=top_k, include_logits=include_logits)
+    request = inference_pb2.ClassifyTasksRequest(
+        image=_to_image(image), tasks=tasks, top_k=top_k, include_logits=include_logits, label=_LABELS[label]
+    )
     response = inference_pb2.ClassifyTasksResponse
-    return Call("/munet.v1.InferenceService/ClassifyTasks", request, response, _to_classify_tasks_result, timeout_seconds)
+    return Call("/munet.v1.InferenceService/ClassifyTasks", request, response, _to_classify_tasks_result, timeout_seconds, True)
 
 
 def list_tasks(*, timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS) -> Call[TaskList]:
@@ -130,7 +156,7 @@ def list_tasks(*, timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS) -> Ca
         CallError: see `server.errors`.
     """
     request, response = inference_pb2.ListTasksRequest(), inference_pb2.ListTasksResponse
-    return Call("/munet.v1.InferenceService/ListTasks", request, response, _to_task_list, timeout_seconds)
+    return Call("/munet.v1.InferenceService/ListTasks", request, response, _to_task_list, timeout_seconds, True)
 
 
 def get_task(task: str, *, timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS) -> Call[TaskInfo]:
@@ -145,19 +171,31 @@ def get_task(task: str, *, timeout_seconds: float | None = DEFAULT_TIMEOUT_SECON
         CallError: anything else, see `server.errors`.
     """
     request, response = inference_pb2.GetTaskRequest(task=task), inference_pb2.GetTaskResponse
-    return Call("/munet.v1.InferenceService/GetTask", request, response, lambda answer: _to_task(answer.task), timeout_seconds)
+    read = _read_task
+    return Call("/munet.v1.InferenceService/GetTask", request, response, read, timeout_seconds, True)
 
 
-def status(*, timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS) -> Call[ServerStatus]:
+def watch_tasks(*, timeout_seconds: float | None = None) -> Call[TaskChanges]:
+    """Asks for every task that is served, and what changes whenever another generation serves; see `server.bulk.watch_tasks`.
+
+    Args:
+        timeout_seconds: when to end; none means never.
+    """
+    request, response = inference_pb2.WatchTasksRequest(), inference_pb2.WatchTasksResponse
+    return Call("/munet.v1.InferenceService/WatchTasks", request, response, _to_task_changes, timeout_seconds)
+
+
+def status(*, details: bool = False, timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS) -> Call[ServerStatus]:
     """Asks what is served, how the last reload went and what the engine counted.
 
     Args:
+        details: whether to ask too what tasks were asked, and for distributions.
         timeout_seconds: deadline; none means to wait for ever.
 
     Raises:
         CallError: see `server.errors`.
     """
-    request, response = admin_pb2.StatusRequest(), admin_pb2.StatusResponse
+    request, response = admin_pb2.StatusRequest(details=details), admin_pb2.StatusResponse
     return Call("/munet.v1.AdminService/Status", request, response, _to_status, timeout_seconds)
 
 
@@ -174,6 +212,39 @@ def reload(*, timeout_seconds: float | None = 600.0) -> Call[ReloadResult]:
     request, response = admin_pb2.ReloadRequest(), admin_pb2.ReloadResponse
     read = _to_reload_result
     return Call("/munet.v1.AdminService/Reload", request, response, read, timeout_seconds)
+
+
+def rollback(generation: int = 0, *, timeout_seconds: float | None = 600.0) -> Call[RollbackResult]:
+    """Has the server answer from a generation that is still kept, until its repository's CURRENT changes or somebody reloads.
+
+    Args:
+        generation: its number; 0 means the one that the serving generation was published on top of.
+        timeout_seconds: deadline; none means to wait for ever.
+
+    Raises:
+        CallRefusedError: it is not kept or was refused; the message says why. The one that serves goes on.
+        CallError: anything else, see `server.errors`.
+    """
+    request, response = admin_pb2.RollbackRequest(generation=generation), admin_pb2.RollbackResponse
+    return Call("/munet.v1.AdminService/Rollback", request, response, _to_rollback_result, timeout_seconds)
+
+
+def drain(*, cancel: bool = False, timeout_seconds: float | None = 600.0) -> Call[bool]:
+    """Takes the server out of service, and is answered when nothing is in flight any more. It stays so if the call ends before.
+
+    Args:
+        cancel: whether to put it back into service instead.
+        timeout_seconds: deadline; none means to wait for ever.
+
+    Returns:
+        Whether nothing is in flight; False if the drain was cancelled.
+
+    Raises:
+        CallTimeoutError: something still is; the server stays out of service.
+        CallError: anything else, see `server.errors`.
+    """
+    request, response = admin_pb2.DrainRequest(cancel=cancel), admin_pb2.DrainResponse
+    return Call("/munet.v1.AdminService/Drain", request, response, _to_drained, timeout_seconds)
 
 
 def _to_image(image: Image) -> inference_pb2.Image:
@@ -217,8 +288,22 @@ def _to_task(task: inference_pb2.TaskInfo) -> TaskInfo:
     )
 
 
+def _read_task(answer: inference_pb2.GetTaskResponse) -> TaskInfo:
+    return _to_task(answer.task)
+
+
 def _to_task_list(answer: inference_pb2.ListTasksResponse) -> TaskList:
     return TaskList(answer.generation, tuple(map(_to_task, answer.tasks)))
+
+
+def _to_task_changes(answer: inference_pb2.WatchTasksResponse) -> TaskChanges:
+    return TaskChanges(
+        generation=answer.generation,
+        added=tuple(map(_to_task, answer.added)),
+        changed=tuple(map(_to_task, answer.changed)),
+        removed=tuple(answer.removed),
+        num_unchanged=answer.num_unchanged,
+    )
 
 
 def _to_status(answer: admin_pb2.StatusResponse) -> ServerStatus:
@@ -232,7 +317,33 @@ def _to_status(answer: admin_pb2.StatusResponse) -> ServerStatus:
         engine=answer.engine,
         version=answer.version,
         endpoints=tuple(map(_to_endpoint, answer.endpoints)),
+        rolled_back_from=answer.rolled_back_from if answer.HasField("rolled_back_from") else None,
+        draining=answer.draining,
+        num_in_flight=answer.num_in_flight,
+        kept_generations=tuple(answer.kept_generations),
+        canary=_to_canary(answer.canary) if answer.HasField("canary") else None,
+        tasks=tuple(map(_to_task_counters, answer.tasks)),
     )
+
+
+def _to_task_counters(task: admin_pb2.TaskCounters) -> TaskCounters:
+    return TaskCounters(
+        name=task.name,
+        answered=task.answered,
+        images=task.images,
+        failed=dict(sorted(task.failed.items())),
+        latency=_to_distribution(task.latency),
+        queue=_to_distribution(task.queue),
+        compute=_to_distribution(task.compute),
+    )
+
+
+def _to_distribution(distribution: admin_pb2.Distribution) -> Distribution:
+    return Distribution(tuple(distribution.bounds), tuple(distribution.counts), distribution.sum)
+
+
+def _to_canary(canary: admin_pb2.CanaryStatus) -> CanaryStatus:
+    return CanaryStatus(canary.generation, canary.percent, dict(canary.percent_of_task), canary.refusal, canary.num_requests)
 
 
 def _to_endpoint(endpoint: admin_pb2.Endpoint) -> EndpointStatus:
@@ -265,8 +376,27 @@ def _to_counters(segment: admin_pb2.SegmentCounters) -> SegmentCounters:
         executions=segment.executions,
         tasks=tuple(segment.tasks),
         num_parameters=segment.num_parameters,
+        distributions=_to_distributions(segment.distributions) if segment.HasField("distributions") else None,
+    )
+
+
+def _to_distributions(of_segment: admin_pb2.SegmentDistributions) -> SegmentDistributions:
+    return SegmentDistributions(
+        queue_seconds=_to_distribution(of_segment.queue),
+        compute_seconds=_to_distribution(of_segment.compute),
+        batch_rows=_to_distribution(of_segment.batch_rows),
+        batch_questions=_to_distribution(of_segment.batch_requests),
+        batch_tasks=_to_distribution(of_segment.batch_tasks),
     )
 
 
 def _to_reload_result(answer: admin_pb2.ReloadResponse) -> ReloadResult:
     return ReloadResult(answer.generation, answer.changed)
+
+
+def _to_rollback_result(answer: admin_pb2.RollbackResponse) -> RollbackResult:
+    return RollbackResult(answer.generation, answer.previous)
+
+
+def _to_drained(answer: admin_pb2.DrainResponse) -> bool:
+    return answer.drained

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from server.embedded.sessions import SegmentSession
 from server.engine import Engine
-from server.errors import Finding, SegmentLoadError
+from server.errors import Finding, RepositoryError, SegmentLoadError
 from server.generation import Generation
-from server.reload import rehearse
-from server.repository import Repository
+from server.rehearsal import rehearse
+from server.repository import CANARY, Repository
 from server.strays import find_strays
 from server.triton.container import check_versions
 from server.verification import check_alias
 
 
 def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[Generation | None, list[Finding]]:
-    """Checks a repository's current generation.
+    """Checks a repository's current generation, and the canary beside it if there is one.
 
     Everything that a server verifies before it serves (files and checksums, routes, configs, segments, golden answers), and what only a
     Triton would notice: the aliases, what nobody published in the models' folders, and ONNX files that are too new for its container.
@@ -25,7 +27,7 @@ def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[
         device: what the engine computes on.
 
     Returns:
-        The generation, if its own file makes sense, and every fault.
+        The current generation, if its own file makes sense, and every fault.
 
     Raises:
         RepositoryError: nothing was published there, or in a newer format.
@@ -37,12 +39,30 @@ def check(repository: Repository, engine: Engine, device: str = "cpu") -> tuple[
         findings += check_alias(repository.root, task)
     findings += find_strays(repository.root, generation)
     findings += check_versions(generation)
+    findings += _check_answers(generation, engine, device)
+    return generation, findings + _check_canary(repository, generation, engine, device)
+
+
+def _check_canary(repository: Repository, current: Generation, engine: Engine, device: str) -> list[Finding]:
+    try:
+        canary = repository.canary()
+    except RepositoryError as error:
+        return [Finding(CANARY, str(error), "what `munet-evolve canary` writes", "end it with `munet-evolve canary --end`")]
+    if canary is None or canary.number <= current.number:
+        return []
+    generation, findings = repository.inspect(canary.number)
+    if generation is not None and not findings:
+        findings = _check_answers(generation, engine, device)
+    return [dataclasses.replace(finding, where=f"canary {canary.number}: {finding.where}") for finding in findings]
+
+
+def _check_answers(generation: Generation, engine: Engine, device: str) -> list[Finding]:
     try:
         engine.load(generation)
     except SegmentLoadError:
-        return generation, findings + _check_segments(generation, device)
+        return _check_segments(generation, device)
     try:
-        return generation, findings + rehearse(engine, generation, list(generation.tasks.values()))
+        return rehearse(engine, generation, list(generation.tasks.values()))
     finally:
         engine.unload(generation)
 

@@ -1,6 +1,7 @@
 """The command line, `munet-server`, and the only place where the server's parts are built and wired.
 
-Exit status: 0 all went well, 2 something a person can mend (the message on stderr says what was found, what was expected and what to do).
+Exit status: 0 all went well; 1 some of many images failed; 2 something a person can mend (the message on stderr says
+what was found, what was expected and what to do).
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
-import os
 import pathlib
 import signal
 import sys
@@ -20,30 +19,40 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import typer
+import uvloop
 
+from munet.command_line import add_version
+from munet.words import counted
 from server.check import check as check_repository
 from server.classification import Classifier
-from server.client import AdminClient, Client
-from server.config import MAX_THREADS, MIB, ServerSettings, check_address, read_settings
-from server.credentials import Credentials
+from server.client_commands import add_to as add_client_commands
+from server.config import MAX_THREADS, MIB, LogSettings, ServerSettings, check_address_option, read_settings
 from server.embedded.engine import EmbeddedEngine
+from server.embedded.memory import MemoryStatistics
 from server.engine import Engine
-from server.errors import CallError, ServerError, SettingsError, TritonEnvironmentError
+from server.errors import ServerError, SettingsError, TritonEnvironmentError
 from server.exposure import check_exposure
+from server.front_door.call_book import CallBook
 from server.front_door.doorkeeper import Doorkeeper
+from server.front_door.draining import Draining
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.open_inference import STREAM_FAILURES, OpenInferenceServicer
 from server.front_door.server import ADMIN_SERVICE, QUESTION_SERVICES, FrontDoor
+from server.front_door.servicers import STREAM_FAILURES as QUESTION_STREAM_FAILURES
 from server.front_door.servicers import AdminServicer, InferenceServicer
 from server.front_door.tls import certificates_of
+from server.garbage import prepare_collector
 from server.generation import Generation
+from server.logs import configure_logs
 from server.metrics import Metrics, MetricsEndpoint
 from server.preprocessing import Preprocessor
 from server.reload import Reloader
 from server.repository import Repository, read_keys
-from server.results import Classification, ServerStatus
+from server.task_counts import TaskCounts
+from server.task_limits import TaskLimiter
 from server.tokens import TokenFile, add_line, line_of, new_token
+from server.tracing import Tracing, is_wanted
 from server.triton.engine import TritonEngine
 from server.triton.environment import DEFAULT_FOLDER, find_environment
 from server.triton.environment import install as install_triton
@@ -53,14 +62,13 @@ from server.triton.supervisor import Supervisor, read_generation
 
 _log = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 app = typer.Typer(
-    help="Serves the tasks of a model repository by name, over gRPC.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+add_version(app, "Serves the tasks of a model repository by name, over gRPC.")
 
 triton_app = typer.Typer(help="Runs a real Triton on a model repository.", no_args_is_help=True)
 app.add_typer(triton_app, name="triton")
@@ -81,30 +89,6 @@ SignatureOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, or cuda, which needs an NVIDIA GPU and the extra 'cuda'.", show_default="cpu")
 ]
-TimeoutOption = Annotated[float, typer.Option("--timeout", help="Deadline of each call, in seconds.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-TlsOption = Annotated[bool, typer.Option("--tls", help="Speak TLS and trust the authorities that gRPC knows.")]
-CaOption = Annotated[
-    pathlib.Path | None,
-    typer.Option("--ca-file", help="Speak TLS and trust these authorities only (PEM).", show_default=False),
-]
-CertificateOption = Annotated[
-    pathlib.Path | None,
-    typer.Option("--certificate-file", help="Certificate to show a server that asks for one (PEM).", show_default=False),
-]
-KeyOption = Annotated[pathlib.Path | None, typer.Option("--key-file", help="Its key (PEM).", show_default=False)]
-ServerNameOption = Annotated[
-    str | None,
-    typer.Option("--server-name", help="Name in the server's certificate, where it is not the host's.", show_default=False),
-]
-TokenOption = Annotated[
-    pathlib.Path | None, typer.Option("--token-file", help="File with a bearer token.", show_default="the variable MUNET_TOKEN")
-]
-PlainTextOption = Annotated[
-    bool, typer.Option("--plain-text-token", help="Let the token cross a network without TLS; a proxy here may speak it.")
-]
-TOKEN_VARIABLE = "MUNET_TOKEN"
-"""The environment variable that holds a client's token where no file is named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +112,7 @@ class RunningServer:
         """What is said once the server answers, for people and scripts."""
         generation = self.reloader.generation
         number, num_tasks = (generation.number, len(generation.tasks)) if generation else (0, 0)
-        line = f"serving generation {number} ({_counted(num_tasks, 'task')}) at {self.front_door.address}"
+        line = f"serving generation {number} ({counted(num_tasks, 'task')}) at {self.front_door.address}"
         metrics = f", metrics {self.metrics_address}" if self.metrics_address else ""
         return f"{line}, admin {self.front_door.admin_address}{metrics}"
 
@@ -149,19 +133,35 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
         tritons = TritonEngine(settings) if settings.engine.kind == "triton" else None
         engine = tritons or EmbeddedEngine(settings.engine)
         stack.push_async_callback(asyncio.to_thread, engine.close)
-        metrics = Metrics(engine.statistics)
+        counts = TaskCounts()
+
+        def memory() -> MemoryStatistics | None:
+            return engine.memory() if isinstance(engine, EmbeddedEngine) else None
+
+        metrics = Metrics(engine.statistics, counts, settings.metrics, settings.engine.kind, memory)
+        tracing = Tracing(settings.tracing) if is_wanted(settings.tracing) else None
+        if tracing is not None:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
+        book = CallBook(metrics, settings.log.access, tracing)
         doorkeeper = None
         if settings.tokens.file is not None:
             tokens = TokenFile(settings.tokens.file, functools.partial(metrics.count_reread, "tokens"))
-            doorkeeper = Doorkeeper(tokens, metrics)
+            doorkeeper = Doorkeeper(tokens, book)
             look_at_tokens = asyncio.create_task(tokens.watch(settings.watch_interval_seconds))
             stack.callback(look_at_tokens.cancel)
         certificates = certificates_of(settings.tls, functools.partial(metrics.count_reread, "certificates"))
         health = Health((*QUESTION_SERVICES, ADMIN_SERVICE))
+        limiter = TaskLimiter(settings.task_limits)
+        metrics.watch("serving", lambda: health.is_serving)
 
         def on_swap(generation: Generation) -> None:
             health.set_serving(generation.tasks)
             metrics.set_generation(generation.number, len(generation.tasks))
+            counts.keep(generation.tasks.keys())
+            if strangers := limiter.strangers(generation.tasks):
+                _log.warning(
+                    "task_limits name tasks that generation %d does not serve: %s", generation.number, ", ".join(strangers)
+                )
             if tritons is not None:
                 tritons.follow(generation)
 
@@ -177,19 +177,22 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
             endpoint = MetricsEndpoint(metrics, settings.metrics_listen)
             stack.push_async_callback(asyncio.to_thread, endpoint.close)
             metrics_address = endpoint.address
-        classifier = Classifier(reloader, engine, preprocessor, settings.limits)
+        edge = Edge(settings.limits, book, STREAM_FAILURES | QUESTION_STREAM_FAILURES)
+        draining = Draining(health, edge, settings.drain_seconds)
+        classifier = Classifier(reloader, engine, preprocessor, settings.limits, counts, limiter)
         front_door = FrontDoor(
             settings,
             InferenceServicer(classifier),
             OpenInferenceServicer(classifier, engine, preprocessor, health, settings.limits),
-            AdminServicer(reloader, engine, tritons.endpoints if tritons is not None else tuple),
+            AdminServicer(reloader, engine, counts, draining, tritons.endpoints if tritons is not None else tuple),
             health,
-            Edge(settings.limits, metrics, STREAM_FAILURES),
+            edge,
+            draining,
             doorkeeper,
             certificates,
         )
         await front_door.start()
-        stack.push_async_callback(front_door.stop, settings.drain_seconds, settings.grace_seconds)
+        stack.push_async_callback(front_door.stop, settings.grace_seconds)
         watch = asyncio.create_task(reloader.watch(settings.watch_interval_seconds))
         stack.callback(watch.cancel)
         if tritons is not None:
@@ -211,6 +214,7 @@ async def _serve(settings: ServerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running_server(settings) as server:
+        prepare_collector()
         # Scripts wait for this line and read the real addresses from it.
         print(server.ready_line, flush=True)
         await stop.wait()
@@ -245,6 +249,18 @@ def serve(
         int | None,
         typer.Option(help="Threads that compute one batch; 0 for all CPUs. Batches run side by side anyway.", show_default="1"),
     ] = None,
+    measure_batches: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure-batches", help="Choose the size of batches by a measurement of under a second.", show_default="no"
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="What segments may take of memory, such as 2GiB; others are loaded when they are needed.", show_default="none"
+        ),
+    ] = None,
     watch_interval: Annotated[float | None, typer.Option(help="Seconds between looks at CURRENT.", show_default="0.2")] = None,
     drain: Annotated[
         float | None, typer.Option(help="Seconds from NOT_SERVING to refusing requests at shutdown.", show_default="0.5")
@@ -272,12 +288,21 @@ def serve(
     settings: Annotated[
         pathlib.Path | None, typer.Option(help="TOML file with any of server.config.ServerSettings; flags override it.")
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text, lines for people; or json, one object a line.", show_default="text")
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each call.")] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Collector of OpenTelemetry traces, by OTLP over HTTP.",
+            show_default="OTEL_EXPORTER_OTLP_ENDPOINT",
+        ),
+    ] = None,
 ) -> None:
     """Serves a model repository until SIGTERM or SIGINT, and every generation published there meanwhile."""
-    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise SettingsError("--log-level", log_level, "debug, info, warning or error")
-    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     overrides: dict[str, Any] = {
         "repository": repository,
         "listen": listen,
@@ -286,6 +311,8 @@ def serve(
         "engine.kind": engine,
         "engine.device": device,
         "engine.threads": threads,
+        "engine.measure_batches": measure_batches,
+        "engine.memory_limit_bytes": memory_limit,
         "triton.endpoints": triton or None,
         "watch_interval_seconds": watch_interval,
         "drain_seconds": drain,
@@ -296,11 +323,19 @@ def serve(
         "tls.key_file": key_file,
         "tls.client_ca_file": client_ca_file,
         "tls.admin_client_ca_file": admin_client_ca_file,
+        "log.level": log_level and log_level.lower(),
+        "log.format": log_format,
+        "log.access": access_log or None,
+        "tracing.otlp_endpoint": otlp_endpoint,
     }
     told = read_settings(settings, overrides)
+    configure_logs(told.log)
     if told.triton.endpoints and told.engine.kind != "triton":
         raise SettingsError("engine.kind", told.engine.kind, "triton where Tritons are named; add --engine triton")
-    asyncio.run(_serve(told))
+    if told.engine.memory_limit_bytes is not None and told.engine.kind == "triton":
+        raise SettingsError("engine.memory_limit_bytes", told.engine.memory_limit_bytes, "none where Tritons hold the segments")
+    # Faster than asyncio's own loop where gRPC wakes it, for each message.
+    uvloop.run(_serve(told))
 
 
 @app.command()
@@ -321,91 +356,10 @@ def check(
     for finding in findings:
         print(finding, file=sys.stderr)
     if generation is None or findings:
-        print(f"generation {number} in {repository}: {_counted(len(findings), 'fault')}", file=sys.stderr)
+        print(f"generation {number} in {repository}: {counted(len(findings), 'fault')}", file=sys.stderr)
         raise typer.Exit(2)
-    counts = f"{_counted(len(generation.tasks), 'task')}, {_counted(len(generation.segments), 'segment')}"
+    counts = f"{counted(len(generation.tasks), 'task')}, {counted(len(generation.segments), 'segment')}"
     print(f"generation {number} in {repository} is whole: {counts}")
-
-
-@app.command()
-def classify(
-    files: Annotated[list[pathlib.Path], typer.Argument(metavar="FILE...", help="Images.")],
-    server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8500",
-    task: Annotated[list[str] | None, typer.Option(help="Task to ask; repeat for several.", show_default="all")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many labels to print.")] = 3,
-    as_json: JsonOption = False,
-    timeout: TimeoutOption = 30.0,
-    tls: TlsOption = False,
-    ca_file: CaOption = None,
-    certificate_file: CertificateOption = None,
-    key_file: KeyOption = None,
-    server_name: ServerNameOption = None,
-    token_file: TokenOption = None,
-    plain_text_token: PlainTextOption = False,
-) -> None:
-    """Asks a server about images: one line for each image and task, with the most probable classes."""
-    _check_address_option("--server", server)
-    credentials = _credentials(tls, ca_file, certificate_file, key_file, server_name, token_file, plain_text_token)
-    answers = []
-    with Client(server, credentials=credentials) as client:
-        for file in files:
-            try:
-                result = client.classify_tasks(file, task or (), top_k=top, timeout_seconds=timeout)
-            except OSError as error:
-                raise SettingsError("FILE", str(file), f"a readable image ({error.strerror})") from error
-            except CallError as error:
-                print(f"munet-server: {file}: {error}", file=sys.stderr)
-                raise typer.Exit(2) from error
-            tasks = {
-                answer.task: {"path_id": answer.path_id, "labels": _label_rows(answer.classification)} for answer in result.tasks
-            }
-            answers.append({"file": str(file), "generation": result.generation, "tasks": tasks})
-            if not as_json:
-                for answer in result.tasks:
-                    print(f"{file}  {answer.task}  {_label_text(answer.classification)}")
-    if as_json:
-        print(json.dumps(answers, indent=2))
-
-
-@app.command()
-def status(
-    admin: Annotated[str, typer.Option(help="HOST:PORT of the server's admin address.")] = "127.0.0.1:8501",
-    as_json: JsonOption = False,
-    timeout: TimeoutOption = 30.0,
-    tls: TlsOption = False,
-    ca_file: CaOption = None,
-    certificate_file: CertificateOption = None,
-    key_file: KeyOption = None,
-    server_name: ServerNameOption = None,
-    token_file: TokenOption = None,
-    plain_text_token: PlainTextOption = False,
-) -> None:
-    """Shows what a server serves, how its last reload went and what its engine computed once."""
-    _check_address_option("--admin", admin)
-    credentials = _credentials(tls, ca_file, certificate_file, key_file, server_name, token_file, plain_text_token)
-    with AdminClient(admin, credentials=credentials) as client:
-        answer = client.status(timeout_seconds=timeout)
-    print(json.dumps(dataclasses.asdict(answer), indent=2, default=str) if as_json else _status_text(answer))
-
-
-@app.command("reload")
-def reload_(
-    admin: Annotated[str, typer.Option(help="HOST:PORT of the server's admin address.")] = "127.0.0.1:8501",
-    timeout: TimeoutOption = 600.0,
-    tls: TlsOption = False,
-    ca_file: CaOption = None,
-    certificate_file: CertificateOption = None,
-    key_file: KeyOption = None,
-    server_name: ServerNameOption = None,
-    token_file: TokenOption = None,
-    plain_text_token: PlainTextOption = False,
-) -> None:
-    """Has a server serve its repository's current generation now, and says whether it did."""
-    _check_address_option("--admin", admin)
-    credentials = _credentials(tls, ca_file, certificate_file, key_file, server_name, token_file, plain_text_token)
-    with AdminClient(admin, credentials=credentials) as client:
-        answer = client.reload(timeout_seconds=timeout)
-    print(f"serving generation {answer.generation}" + ("" if answer.changed else ", as before"))
 
 
 @token_app.command()
@@ -463,10 +417,10 @@ def run(
 
     What dies is brought back.
     """
-    logging.basicConfig(level="INFO", format=LOG_FORMAT, stream=sys.stderr)
+    configure_logs(LogSettings())
     for option, address in (("--grpc", grpc), ("--http", http), ("--metrics", metrics)):
         if address is not None:
-            _check_address_option(option, address)
+            check_address_option(option, address)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -487,12 +441,12 @@ def run(
             # Scripts wait for this line and read the real addresses from it.
             print(_triton_line(triton, generation), flush=True)
         supervisor.watch(stop, interval)
-    counts = f"{_counted(supervisor.num_restarts, 'restart')}, {_counted(supervisor.num_revivals, 'segment')} loaded again"
+    counts = f"{counted(supervisor.num_restarts, 'restart')}, {counted(supervisor.num_revivals, 'segment')} loaded again"
     print(f"stopped; {counts}")
 
 
 def _triton_line(triton: TritonProcess, generation: Generation | None) -> str:
-    what = f"generation {generation.number} ({_counted(len(generation.tasks), 'task')})" if generation else "nothing yet"
+    what = f"generation {generation.number} ({counted(len(generation.tasks), 'task')})" if generation else "nothing yet"
     metrics = f", metrics {triton.addresses.metrics}" if triton.addresses.metrics else ""
     return f"Triton serving {what} at {triton.addresses.grpc}, HTTP {triton.addresses.http}{metrics}, log {triton.log}"
 
@@ -510,63 +464,7 @@ def install(
     print(f"Triton's environment in {environment.folder} is ready")
 
 
-def _check_address_option(option: str, address: str) -> None:
-    try:
-        check_address(address)
-    except ValueError as error:
-        raise SettingsError(option, address, str(error)) from error
-
-
-def _credentials(
-    tls: bool,
-    ca_file: pathlib.Path | None,
-    certificate_file: pathlib.Path | None,
-    key_file: pathlib.Path | None,
-    server_name: str | None,
-    token_file: pathlib.Path | None,
-    plain_text_token: bool,
-) -> Credentials:
-    token = os.environ.get(TOKEN_VARIABLE) or None
-    if token_file is not None:
-        try:
-            token = token_file.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError("--token-file", str(token_file), f"a file with a token ({error})") from error
-    return Credentials(tls, ca_file, certificate_file, key_file, server_name, token, plain_text_token)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _label_rows(classification: Classification) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(label) for label in classification.labels]
-
-
-def _label_text(classification: Classification) -> str:
-    return ", ".join(f"{label.label} {label.probability:.3f}" for label in classification.labels)
-
-
-def _status_text(status_: ServerStatus) -> str:
-    lines = [
-        f"generation {status_.generation}, {_counted(status_.num_tasks, 'task')}, up {status_.uptime_seconds:.0f} s, "
-        f"{status_.engine}, version {status_.version}"
-    ]
-    last = status_.last_reload
-    if last is not None:
-        outcome = f"refused: {last.error}" if last.error else "served"
-        lines.append(f"last reload: generation {last.generation} {outcome} ({last.finished:%Y-%m-%d %H:%M:%S} UTC)")
-    for endpoint in status_.endpoints:
-        held = f", generation {' and '.join(map(str, endpoint.generations))}" if endpoint.generations else ""
-        wrong = f": {endpoint.reason}" if endpoint.reason else ""
-        lines.append(f"Triton {endpoint.address} is {endpoint.state} since {endpoint.since:%Y-%m-%d %H:%M:%S} UTC{held}{wrong}")
-    lines.append(f"{'segment':<18}{'requested':>12}{'computed':>12}{'saved':>12}{'batches':>12}  tasks")
-    lines += [
-        f"{segment.name:<18}{segment.rows_requested:>12}{segment.rows_computed:>12}{segment.rows_saved:>12}"
-        f"{segment.executions:>12}  {' '.join(segment.tasks[:6])}{' ...' if len(segment.tasks) > 6 else ''}"
-        for segment in status_.segments
-    ]
-    return "\n".join(lines)
+add_client_commands(app)
 
 
 def main() -> None:

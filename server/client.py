@@ -4,21 +4,23 @@
         result = client.classify("digits", pathlib.Path("seven.png"), top_k=3)
         print(result.classifications[0].top.label)
 
-Each call is written once, in `server.calls`: what its method takes, its request, how its answer is read. The classes here only differ in
-how they send it. What they return (`server.results`) and raise (`server.errors` under `CallError`) can be imported from here too.
+Each call is written once, in `server.calls`: what its method takes, its request, how its answer is read; and so is, in `server.bulk`,
+how many questions are asked. The classes here only differ in how they wait. What they return (`server.results`) and raise
+(`server.errors` under `CallError`) can be imported from here too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from server import calls
+from server import bulk, calls
+from server.bulk import StreamQuestion
 from server.calls import DEFAULT_TIMEOUT_SECONDS, Call, Image
 from server.credentials import Credentials
 from server.errors import (
@@ -32,18 +34,26 @@ from server.errors import (
     TaskNotFoundError,
 )
 from server.results import (
+    CanaryStatus,
     Classification,
     ClassifyResult,
     ClassifyTasksResult,
+    FileAnswer,
     LabelProbability,
     ReloadReport,
     ReloadResult,
+    RollbackResult,
     SegmentCounters,
     ServerStatus,
+    StreamAnswer,
+    TaskChanges,
     TaskClassification,
     TaskInfo,
     TaskList,
 )
+from server.retries import DEFAULT_RETRY, Retry
+from server.sending import Sender
+from server.transports import AsyncioTransport, BlockingTransport, finish, iterated
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
@@ -54,43 +64,32 @@ __all__ = [
     "CallError",
     "CallRefusedError",
     "CallTimeoutError",
+    "CanaryStatus",
     "Classification",
     "ClassifyResult",
     "ClassifyTasksResult",
     "Client",
     "Credentials",
+    "FileAnswer",
     "Image",
     "LabelProbability",
     "ReloadReport",
     "ReloadResult",
+    "Retry",
+    "RollbackResult",
     "SegmentCounters",
     "ServerBusyError",
     "ServerFailedError",
     "ServerStatus",
     "ServerUnreachableError",
+    "StreamAnswer",
+    "StreamQuestion",
+    "TaskChanges",
     "TaskClassification",
     "TaskInfo",
     "TaskList",
     "TaskNotFoundError",
 ]
-
-_MAX_MESSAGE_BYTES = 1 << 30
-_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-)
-
-_ERROR_OF_STATUS: dict[grpc.StatusCode, type[CallError]] = {
-    grpc.StatusCode.NOT_FOUND: TaskNotFoundError,
-    grpc.StatusCode.INVALID_ARGUMENT: CallRefusedError,
-    grpc.StatusCode.FAILED_PRECONDITION: CallRefusedError,
-    grpc.StatusCode.UNIMPLEMENTED: CallRefusedError,
-    grpc.StatusCode.UNAUTHENTICATED: CallDeniedError,
-    grpc.StatusCode.PERMISSION_DENIED: CallDeniedError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: CallTimeoutError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ServerBusyError,
-    grpc.StatusCode.UNAVAILABLE: ServerUnreachableError,
-}
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -116,6 +115,29 @@ def _awaited(build: Callable[_P, Call[_T]]) -> Callable[Concatenate[_Awaited, _P
     return method
 
 
+_Many = Callable[Concatenate[Sender, _P], AsyncGenerator[_T, None]]
+
+
+def _blocking_many(ask: _Many[_P, _T]) -> Callable[Concatenate[_Blocking, _P], Iterator[_T]]:
+    """Makes a method that gives answers as they come, and blocks meanwhile."""
+
+    def method(self: _Blocking, /, *args: _P.args, **kwargs: _P.kwargs) -> Iterator[_T]:
+        return iterated(ask(self._sender, *args, **kwargs))
+
+    functools.update_wrapper(method, ask)
+    return method
+
+
+def _awaited_many(ask: _Many[_P, _T]) -> Callable[Concatenate[_Awaited, _P], AsyncGenerator[_T, None]]:
+    """Makes a method that gives answers as they come, to `async for`."""
+
+    def method(self: _Awaited, /, *args: _P.args, **kwargs: _P.kwargs) -> AsyncGenerator[_T, None]:
+        return ask(self._sender, *args, **kwargs)
+
+    functools.update_wrapper(method, ask)
+    return method
+
+
 class _Blocking:
     """Sends calls and waits for their answers. May be used from several threads at once.
 
@@ -123,20 +145,22 @@ class _Blocking:
         server: HOST:PORT.
         channel: an open channel to use instead; it is closed with the client.
         credentials: TLS and token; none means plain text and no token.
+        retry: how calls that do no harm twice are sent again; none means never.
 
     Raises:
         SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
-    def __init__(self, server: str, channel: grpc.Channel | None = None, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self,
+        server: str,
+        channel: grpc.Channel | None = None,
+        credentials: Credentials | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+    ) -> None:
         self.server = server
-        credentials = credentials or Credentials()
-        self._metadata = credentials.metadata(server if channel is None else None)
-        if channel is None:
-            tls = _channel_credentials(credentials)
-            options = _options(credentials)
-            channel = grpc.secure_channel(server, tls, options) if tls else grpc.insecure_channel(server, options)
-        self._channel = channel
+        self._transport = BlockingTransport(server, channel, credentials)
+        self._sender = Sender(self._transport, retry)
 
     def send(self, call: Call[_T]) -> _T:
         """Sends a call.
@@ -144,15 +168,11 @@ class _Blocking:
         Raises:
             CallError: it failed.
         """
-        method = self._channel.unary_unary(call.method, type(call.request).SerializeToString, call.response.FromString)
-        try:
-            return call.read(method(call.request, timeout=call.timeout_seconds, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
+        return finish(self._sender.send(call))
 
     def close(self) -> None:
-        """Closes the connection."""
-        self._channel.close()
+        """Closes the connection; calls under way are cancelled."""
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -168,20 +188,22 @@ class _Awaited:
         server: HOST:PORT.
         channel: an open channel to use instead; it is closed with the client.
         credentials: TLS and token; none means plain text and no token.
+        retry: how calls that do no harm twice are sent again; none means never.
 
     Raises:
         SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
     """
 
-    def __init__(self, server: str, channel: grpc.aio.Channel | None = None, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self,
+        server: str,
+        channel: grpc.aio.Channel | None = None,
+        credentials: Credentials | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+    ) -> None:
         self.server = server
-        credentials = credentials or Credentials()
-        self._metadata = credentials.metadata(server if channel is None else None)
-        if channel is None:
-            tls = _channel_credentials(credentials)
-            options = _options(credentials)
-            channel = grpc.aio.secure_channel(server, tls, options) if tls else grpc.aio.insecure_channel(server, options)
-        self._channel = channel
+        self._transport = AsyncioTransport(server, channel, credentials)
+        self._sender = Sender(self._transport, retry)
 
     async def send(self, call: Call[_T]) -> _T:
         """Sends a call.
@@ -189,15 +211,11 @@ class _Awaited:
         Raises:
             CallError: it failed.
         """
-        method = self._channel.unary_unary(call.method, type(call.request).SerializeToString, call.response.FromString)
-        try:
-            return call.read(await method(call.request, timeout=call.timeout_seconds, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
+        return await self._sender.send(call)
 
     async def close(self) -> None:
-        """Closes the connection."""
-        await self._channel.close()
+        """Closes the connection; calls under way are cancelled."""
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -215,6 +233,7 @@ class Client(_Blocking):
         server: HOST:PORT.
         channel: an open channel to use instead; it is closed with the client.
         credentials: TLS and token; none means plain text and no token.
+        retry: how calls that do no harm twice are sent again; none means never.
 
     Raises:
         SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
@@ -222,8 +241,11 @@ class Client(_Blocking):
 
     classify = _blocking(calls.classify)
     classify_tasks = _blocking(calls.classify_tasks)
+    classify_stream = _blocking_many(bulk.classify_stream)
+    classify_files = _blocking_many(bulk.classify_files)
     list_tasks = _blocking(calls.list_tasks)
     get_task = _blocking(calls.get_task)
+    watch_tasks = _blocking_many(bulk.watch_tasks)
 
 
 class AsyncClient(_Awaited):
@@ -233,6 +255,7 @@ class AsyncClient(_Awaited):
         server: HOST:PORT.
         channel: an open channel to use instead; it is closed with the client.
         credentials: TLS and token; none means plain text and no token.
+        retry: how calls that do no harm twice are sent again; none means never.
 
     Raises:
         SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
@@ -240,8 +263,11 @@ class AsyncClient(_Awaited):
 
     classify = _awaited(calls.classify)
     classify_tasks = _awaited(calls.classify_tasks)
+    classify_stream = _awaited_many(bulk.classify_stream)
+    classify_files = _awaited_many(bulk.classify_files)
     list_tasks = _awaited(calls.list_tasks)
     get_task = _awaited(calls.get_task)
+    watch_tasks = _awaited_many(bulk.watch_tasks)
 
 
 class AdminClient(_Blocking):
@@ -251,6 +277,7 @@ class AdminClient(_Blocking):
         server: HOST:PORT of the admin service.
         channel: an open channel to use instead; it is closed with the client.
         credentials: TLS and token; none means plain text and no token.
+        retry: how calls that do no harm twice are sent again; none means never.
 
     Raises:
         SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
@@ -258,6 +285,8 @@ class AdminClient(_Blocking):
 
     status = _blocking(calls.status)
     reload = _blocking(calls.reload)
+    rollback = _blocking(calls.rollback)
+    drain = _blocking(calls.drain)
 
 
 class AsyncAdminClient(_Awaited):
@@ -267,6 +296,7 @@ class AsyncAdminClient(_Awaited):
         server: HOST:PORT of the admin service.
         channel: an open channel to use instead; it is closed with the client.
         credentials: TLS and token; none means plain text and no token.
+        retry: how calls that do no harm twice are sent again; none means never.
 
     Raises:
         SettingsError: the credentials cannot be used, or the token would cross a network in plain text.
@@ -274,23 +304,5 @@ class AsyncAdminClient(_Awaited):
 
     status = _awaited(calls.status)
     reload = _awaited(calls.reload)
-
-
-def _channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials | None:
-    """Returns what a channel with TLS needs; None for plain text."""
-    if not credentials.speaks_tls:
-        return None
-    authorities, key, chain = credentials.read()
-    return grpc.ssl_channel_credentials(authorities, key, chain)
-
-
-def _options(credentials: Credentials) -> tuple[tuple[str, int | str], ...]:
-    name = credentials.server_name
-    return _OPTIONS if name is None else (*_OPTIONS, ("grpc.ssl_target_name_override", name))
-
-
-def _to_call_error(server: str, method: str, error: grpc.RpcError) -> CallError:
-    # Both transports' errors are calls as well and know their status.
-    status: grpc.StatusCode = error.code()
-    cls = _ERROR_OF_STATUS.get(status, ServerFailedError)
-    return cls(server, method.rpartition("/")[2], status.name, error.details() or "")
+    rollback = _awaited(calls.rollback)
+    drain = _awaited(calls.drain)

@@ -6,10 +6,12 @@ import os
 import pathlib
 import re
 import tomllib
+import urllib.parse
 from typing import Annotated, Any, Literal
 
 import pydantic
 
+from munet.names import check_task_name
 from munet.preprocessing import ImageLimits
 from munet.settings import findings, validate
 from server.errors import SettingsError
@@ -38,6 +40,57 @@ def check_address(address: str) -> str:
     return address
 
 
+def check_address_option(option: str, address: str) -> None:
+    """Checks an address that a command was given by an option.
+
+    Raises:
+        SettingsError: it is not HOST:PORT.
+    """
+    try:
+        check_address(address)
+    except ValueError as error:
+        raise SettingsError(option, address, str(error)) from error
+
+
+_BYTE_COUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", re.ASCII | re.IGNORECASE)
+
+
+def parse_byte_count(value: object) -> object:
+    """Returns how many bytes a text such as `2GiB` or `500 MB` says; what is no text as it is.
+
+    Raises:
+        ValueError: it says no number of bytes; the message says what is expected.
+    """
+    if isinstance(value, str):
+        match = _BYTE_COUNT.fullmatch(value)
+        number, unit = match.groups() if match is not None else ("0", "B")
+        scale = 1024 if "i" in unit.lower() else 1000
+        value = round(float(number) * scale ** "BKMGT".index(unit[0].upper()))
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a number of bytes of at least 1, or text such as '2GiB' or '500MB'")
+    return value
+
+
+ByteCount = Annotated[int, pydantic.BeforeValidator(parse_byte_count)]
+"""A number of bytes; settings may say it with a unit."""
+
+
+def check_url(url: str) -> str:
+    """Returns the URL if it is one of HTTP with a host.
+
+    Raises:
+        ValueError: it is not; the message says what is expected.
+    """
+    expected = "a URL such as http://127.0.0.1:4318"
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(expected)
+    return url
+
+
 Address = Annotated[str, pydantic.AfterValidator(check_address)]
 """HOST:PORT."""
 
@@ -55,8 +108,10 @@ class Limits(_Settings):
         max_images: images in one request.
         max_tasks: tasks named in one request.
         max_message_bytes: greatest request or answer.
-        max_requests_in_flight: requests that are worked on or wait; more are refused.
-        max_bytes_in_flight: sum of their messages' sizes; more are refused.
+        max_requests_in_flight: requests that are worked on or wait; more are refused. One task has eight ninths of it at most.
+        max_bytes_in_flight: sum of their messages' sizes; more are refused. One task has eight ninths of it at most.
+        max_streams: streams of questions that are open; more are refused.
+        max_stream_messages: messages of one stream that are worked on or whose answers wait to be taken; more are not read.
     """
 
     max_image_bytes: pydantic.PositiveInt = 16 * MIB
@@ -64,13 +119,29 @@ class Limits(_Settings):
     max_images: pydantic.PositiveInt = 64
     max_tasks: pydantic.PositiveInt = 1024
     max_message_bytes: Annotated[int, pydantic.Field(ge=4096, le=2**31 - 1)] = 64 * MIB
-    max_requests_in_flight: pydantic.PositiveInt = 1024
+    max_requests_in_flight: pydantic.PositiveInt = 2048
     max_bytes_in_flight: pydantic.PositiveInt = 512 * MIB
+    max_streams: pydantic.PositiveInt = 256
+    max_stream_messages: pydantic.PositiveInt = 32
 
     @property
     def image(self) -> ImageLimits:
         """The limits of one image, as preprocessing takes them."""
         return ImageLimits(self.max_image_bytes, self.max_image_pixels, formats=("JPEG", "PNG", "WEBP", "BMP"))
+
+
+class TaskLimits(_Settings):
+    """What one task may have at most, whoever else is there; what is not given is not limited. See docs/overload.md.
+
+    Attributes:
+        max_requests_in_flight: requests to it that are worked on or wait.
+        max_images_in_flight: images in these.
+        max_images_per_second: images that it takes in the long run; as many as in one second may come at once.
+    """
+
+    max_requests_in_flight: pydantic.PositiveInt | None = None
+    max_images_in_flight: pydantic.PositiveInt | None = None
+    max_images_per_second: pydantic.PositiveFloat | None = None
 
 
 class ConnectionSettings(_Settings):
@@ -137,7 +208,12 @@ class EngineSettings(_Settings):
         max_batch_rows: greatest batch, beside each segment's own limit.
         max_batch_bytes: greatest batch by the size of what goes into the segment; one row always goes. 0 means 512 KiB on a CPU, where a
             batch whose hidden states leave the cache of a core costs more time for each image, not less, and no such bound on a GPU.
-        max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused.
+        measure_batches: whether to choose `max_batch_bytes` on a CPU by a measurement of under a second when the first generation is
+            loaded. Without it every start is alike.
+        memory_limit_bytes: what segments may take of memory, in bytes or as text such as "2GiB"; others are loaded when a question needs
+            them. None means that all of them stay in memory.
+        max_waiting_rows: rows times segments that admitted requests may still have to run; more are refused. One task has eight ninths
+            of it at most.
         patience_seconds: a row that waits longer goes before younger rows with nearer deadlines.
     """
 
@@ -147,6 +223,8 @@ class EngineSettings(_Settings):
     workers: Annotated[int, pydantic.Field(ge=0, le=MAX_THREADS)] = 0
     max_batch_rows: pydantic.PositiveInt = 16
     max_batch_bytes: pydantic.NonNegativeInt = 0
+    measure_batches: bool = False
+    memory_limit_bytes: ByteCount | None = None
     max_waiting_rows: pydantic.PositiveInt = 65536
     patience_seconds: pydantic.PositiveFloat = 10.0
 
@@ -203,6 +281,43 @@ class TritonSettings(_Settings):
     aliases: bool = True
 
 
+class LogSettings(_Settings):
+    """What is logged, to standard error.
+
+    Attributes:
+        level: `debug`, `info`, `warning` or `error`.
+        format: `text`, lines for people, or `json`, one object a line.
+        access: whether each call is a line at the level `info`; if not, it is one at `debug`.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    access: bool = False
+
+
+class MetricsSettings(_Settings):
+    """How much Prometheus is told, where `metrics_listen` is given.
+
+    Attributes:
+        max_tasks: so many tasks have series of their own, about 40 each; the first that are asked.
+        max_segments: so many segments have, about 60 each; the first that run.
+    """
+
+    max_tasks: pydantic.NonNegativeInt = 128
+    max_segments: pydantic.NonNegativeInt = 128
+
+
+class TracingSettings(_Settings):
+    """Where traces go. What is not said here is as the variables OTEL_* of OpenTelemetry say; it needs the extra `otel`.
+
+    Attributes:
+        otlp_endpoint: base URL of a collector that takes OTLP over HTTP, such as http://127.0.0.1:4318; none means what
+            OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT says, and no traces if neither does.
+    """
+
+    otlp_endpoint: Annotated[str, pydantic.AfterValidator(check_url)] | None = None
+
+
 class ServerSettings(_Settings):
     """Everything a server is told.
 
@@ -218,11 +333,15 @@ class ServerSettings(_Settings):
         grace_seconds: at shutdown, how long requests in flight may take to finish.
         require_signature: files of public keys (ed25519, PEM); with them, only generations that one of them signed are served.
         limits: what is accepted from a stranger.
+        task_limits: by name of a task, what that may have at most.
         connections: what is borne from whoever connects.
         tls: certificates.
         tokens: who may call.
         engine: what computes, and how.
         triton: the Tritons, if they are what computes.
+        log: what is logged, and how.
+        metrics: how much Prometheus is told.
+        tracing: where traces go.
     """
 
     repository: pathlib.Path = pathlib.Path("model_repository")
@@ -235,11 +354,15 @@ class ServerSettings(_Settings):
     grace_seconds: pydantic.NonNegativeFloat = 10.0
     require_signature: tuple[pathlib.Path, ...] = ()
     limits: Limits = Limits()
+    task_limits: dict[Annotated[str, pydantic.AfterValidator(check_task_name)], TaskLimits] = {}
     connections: ConnectionSettings = ConnectionSettings()
     tls: TlsSettings = TlsSettings()
     tokens: TokenSettings = TokenSettings()
     engine: EngineSettings = EngineSettings()
     triton: TritonSettings = TritonSettings()
+    log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @property
     def num_decode_threads(self) -> int:
@@ -286,11 +409,15 @@ def _to_settings_error(error: pydantic.ValidationError) -> SettingsError:
     if first.kind == "extra_forbidden":
         tables: dict[str, type[_Settings]] = {
             "limits": Limits,
+            "task_limits": TaskLimits,
             "connections": ConnectionSettings,
             "tls": TlsSettings,
             "tokens": TokenSettings,
             "engine": EngineSettings,
             "triton": TritonSettings,
+            "log": LogSettings,
+            "metrics": MetricsSettings,
+            "tracing": TracingSettings,
         }
         table = tables.get(first.name.partition(".")[0], ServerSettings)
         return SettingsError(first.name, first.found, f"no such key; the keys here are {', '.join(sorted(table.model_fields))}")

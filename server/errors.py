@@ -5,6 +5,7 @@
     ├── RepositoryError             a model repository that cannot be served
     │   ├── NoGenerationError       nothing was published there
     │   ├── NewerFormatError        written by a newer publisher than this server knows
+    │   ├── RollbackError           no going back there
     │   └── GenerationRefusedError  a generation with faults; carries every finding
     ├── EngineError                 the engine cannot do what it was asked
     │   ├── DeviceError             the device cannot be used
@@ -26,6 +27,7 @@
     ├── RequestError                a request that cannot be answered as it stands
     │   ├── UnknownTaskError        no such task is served
     │   ├── UnknownVersionError     a task is served, but not of that generation
+    │   ├── NoCanaryError           the canary is to answer, and there is none
     │   ├── ImageRefusedError       an image that cannot be used
     │   ├── InferenceRefusedError   an inference that is not put as the Open Inference Protocol and the task want it
     │   ├── UnsupportedError        what a protocol has and this server has not
@@ -34,9 +36,10 @@
     ├── AccessError                 a call that its caller may not make
     │   ├── UnauthenticatedError    no token that is known
     │   └── ForbiddenError          a token whose role is too small
-    ├── DeadlineError               the caller's deadline passed before the answer was there
+    ├── DeadlineError               the caller's deadline passed before the answer was there, or would have
     ├── OverloadedError             too much waits
     ├── UnavailableError            the server cannot answer now
+    │   ├── SegmentUnavailableError  a segment is not in memory and cannot be loaded now
     │   └── NoEndpointError         no Triton computes these tasks now
     └── CallError                   what a client learns when its call fails
         ├── CallRefusedError        the server refused the request (its fault lies in the request)
@@ -53,13 +56,31 @@ table from these classes to gRPC's statuses, `server.client` the one back.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import functools
 import pathlib
+import re
 from collections.abc import Sequence
 
 
 class ServerError(Exception):
     """Something a person or a caller can understand. The message says what was found, what was expected and what to do."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns a word for an error as metrics and logs have it: its class's name in small letters, such as `image_refused`.
+
+    `cancelled` if the caller left, `bug` for whatever is not in the tree.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return _word(type(error).__name__) if isinstance(error, ServerError) else "bug"
+
+
+@functools.cache
+def _word(class_name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", class_name.removesuffix("Error")).lower()
 
 
 class SettingsError(ServerError):
@@ -152,6 +173,23 @@ class GenerationRefusedError(RepositoryError):
         rest = len(self.findings) - self.NUM_SHOWN
         more = f"; and {rest} more, see `munet-server check`" if rest > 0 else ""
         super().__init__(f"generation {number} is refused: {shown}{more}")
+
+
+class RollbackError(RepositoryError):
+    """There is no going back there.
+
+    Attributes:
+        number: of the generation that was to serve; 0 if none was named.
+        kept: numbers of the generations that are kept.
+        found: what there is instead; empty if the generation is not kept.
+    """
+
+    def __init__(self, number: int, kept: Sequence[int], found: str = "") -> None:
+        self.number = number
+        self.kept = tuple(kept)
+        self.found = found or (f"{number!r}, which is not kept" if number else "nothing before the generation that serves")
+        numbers = ", ".join(map(str, self.kept)) or "none"
+        super().__init__(f"generation: found {self.found}, expected one of those that are kept: {numbers}; name one of them")
 
 
 class EngineError(ServerError):
@@ -372,6 +410,23 @@ class UnknownVersionError(RequestError):
         )
 
 
+class NoCanaryError(RequestError):
+    """The canary is to answer, and there is none.
+
+    Attributes:
+        served: number of the generation that serves.
+        refusal: why the canary that the repository names answers nothing; empty if it names none. For the log and Status, not for callers.
+    """
+
+    def __init__(self, served: int, refusal: str = "") -> None:
+        self.served = served
+        self.refusal = refusal
+        super().__init__(
+            f"label: found the canary's, expected the stable generation's or none, because generation {served} serves alone; "
+            "leave it out"
+        )
+
+
 class ImageRefusedError(RequestError):
     """An image that cannot be used.
 
@@ -477,10 +532,22 @@ class ForbiddenError(AccessError):
 
 
 class DeadlineError(ServerError):
-    """The caller's deadline passed before the answer was there."""
+    """The caller's deadline passed before the answer was there, or would have.
 
-    def __init__(self) -> None:
-        super().__init__("the deadline passed before the answer was there; allow more time or send fewer images")
+    Attributes:
+        left_seconds: what was left of it; 0 if it had passed.
+        needs_seconds: what the answer takes at least, if that is known.
+    """
+
+    def __init__(self, left_seconds: float = 0.0, needs_seconds: float = 0.0) -> None:
+        self.left_seconds = left_seconds
+        self.needs_seconds = needs_seconds
+        what = (
+            f"the deadline cannot be met: found {left_seconds:.3f} seconds left, expected at least {needs_seconds:.3f}"
+            if needs_seconds
+            else "the deadline passed before the answer was there"
+        )
+        super().__init__(f"{what}; allow more time or send fewer images")
 
 
 class OverloadedError(ServerError):
@@ -493,13 +560,13 @@ class OverloadedError(ServerError):
         retry_after_seconds: when another try makes sense.
     """
 
-    def __init__(self, what: str, waiting: int, limit: int, retry_after_seconds: float = 0.1) -> None:
+    def __init__(self, what: str, waiting: float, limit: float, retry_after_seconds: float = 0.1) -> None:
         self.what = what
         self.waiting = waiting
         self.limit = limit
         self.retry_after_seconds = retry_after_seconds
         super().__init__(
-            f"{what}: found {waiting!r} waiting, expected at most {limit}; try again in {retry_after_seconds} seconds"
+            f"{what}: found {waiting!r} waiting, expected at most {limit}; try again in {round(retry_after_seconds, 3)} seconds"
         )
 
 
@@ -515,6 +582,18 @@ class UnavailableError(ServerError):
         super().__init__(
             f"this server cannot answer this now: found it {reason}, expected it serving; ask again later, or another one"
         )
+
+
+class SegmentUnavailableError(UnavailableError):
+    """A segment was to be loaded on demand and could not; the log says why.
+
+    Attributes:
+        segment: its name.
+    """
+
+    def __init__(self, segment: str) -> None:
+        self.segment = segment
+        super().__init__(f"without segment {segment!r}, which it could not load again as it was published")
 
 
 class NoEndpointError(UnavailableError):
@@ -546,13 +625,15 @@ class CallError(ServerError):
         method: the name of the call.
         status: name of the gRPC status, such as `NOT_FOUND`.
         details: the server's words.
+        retry_after_seconds: when another try makes sense; none if the server did not say.
     """
 
-    def __init__(self, server: str, method: str, status: str, details: str) -> None:
+    def __init__(self, server: str, method: str, status: str, details: str, retry_after_seconds: float | None = None) -> None:
         self.server = server
         self.method = method
         self.status = status
         self.details = details
+        self.retry_after_seconds = retry_after_seconds
         super().__init__(f"{method} at {server}: {details} ({status}){self._advice}")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -69,6 +70,10 @@ class Segment:
     sha256: str
 
 
+_PARSING = threading.Lock()
+"""numpy reads a header with Python's own parser, which before Python 3.11.8 fails now and then (SystemError) if two threads are in it."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Golden:
     """What a task's route must answer to some real images.
@@ -89,7 +94,8 @@ class Golden:
         Raises:
             OSError, ValueError: the file is no such array.
         """
-        images = np.load(self.images, allow_pickle=False)
+        with _PARSING:
+            images = np.load(self.images, allow_pickle=False)
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"found {images.dtype} {list(images.shape)}, expected uint8 [images, height, width, 3]")
         return np.ascontiguousarray(images)
@@ -122,6 +128,15 @@ class Task:
     golden: Golden
 
 
+def is_told_alike(one: Task, other: Task) -> bool:
+    """Whether callers are told the same of two tasks, and get the same answers; in which generation they are does not matter."""
+    return _told(one) == _told(other)
+
+
+def _told(task: Task) -> tuple[object, ...]:
+    return task.name, task.path_id, task.labels, task.image_size, task.quality, task.test_accuracy, task.route
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Generation:
     """All tasks that are served together. Two of them are equal only if they are the same object.
@@ -132,6 +147,7 @@ class Generation:
         segments: by name, ascending.
         tasks: by name, ascending.
         ensembles: names of the ensembles in Triton that answer all tasks of an image size at once, by the size in pixels.
+        previous: number of the generation that it was published on top of; 0 for the first.
     """
 
     number: int
@@ -139,3 +155,4 @@ class Generation:
     segments: Mapping[str, Segment]
     tasks: Mapping[str, Task]
     ensembles: Mapping[int, str]
+    previous: int = 0

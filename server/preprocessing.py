@@ -1,10 +1,17 @@
-"""Images as callers send them, and the threads that turn them into the pixels a route takes."""
+"""Images as callers send them, and the threads that turn them into the pixels a route takes.
+
+Whose image is next goes by flow (`server.fairness`): one image of a quiet task does not wait for all those of a task that floods.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,6 +20,7 @@ import numpy.typing as npt
 
 from munet.preprocessing import ImageError, ImageLimits, Pixels, decode, from_raw, resize
 from server.errors import ImageRefusedError
+from server.fairness import FairLine, Flow, VirtualTimes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,8 +53,12 @@ SentImage = EncodedImage | RawImage
 Work = TypeVar("Work")
 
 
+MOST_AHEAD_SECONDS = 1.0
+"""What a flow may have had more than others, in seconds of a thread, before it counts no more."""
+
+
 class Preprocessor:
-    """Decodes and resizes images in threads of its own, off the event loop.
+    """Decodes and resizes images in threads of its own, off the event loop. For one event loop.
 
     Args:
         num_threads: how many images are worked on at once.
@@ -56,8 +68,16 @@ class Preprocessor:
     def __init__(self, num_threads: int, limits: ImageLimits) -> None:
         self._threads = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="preprocess")
         self._limits = limits
+        # One more than there are threads, so that none of them waits for the event loop.
+        self._num_free = num_threads + 1
+        self._times = VirtualTimes(MOST_AHEAD_SECONDS)
+        self._waiting: dict[int, tuple[Flow, asyncio.Future[None]]] = {}
+        self._line = FairLine(self._waiting, self._times)
+        self._numbers = itertools.count(1)
 
-    async def to_rows(self, images: Sequence[SentImage], sizes: Sequence[int], where: str) -> list[npt.NDArray[np.uint8]]:
+    async def to_rows(
+        self, images: Sequence[SentImage], sizes: Sequence[int], where: str, flow: Flow = ""
+    ) -> list[npt.NDArray[np.uint8]]:
         """Returns the images at each of some sizes.
 
         If the caller is cancelled, images not yet begun are never decoded.
@@ -66,6 +86,7 @@ class Preprocessor:
             images: at least one.
             sizes: heights and widths, in pixels.
             where: what the request calls them; `{index}` in it stands for the index.
+            flow: whose share of the threads they use.
 
         Returns:
             For each size, [images, size, size, 3] uint8.
@@ -73,23 +94,72 @@ class Preprocessor:
         Raises:
             ImageRefusedError: an image cannot be used; the first of them, if there are several.
         """
-        loop = asyncio.get_running_loop()
-        jobs = [
-            loop.run_in_executor(self._threads, self._prepare, image, sizes, where.format(index=index))
-            for index, image in enumerate(images)
-        ]
+        if len(images) == 1 and all(_fits(images[0], size) for size in sizes):
+            # Nothing to compute, and telling a thread would take longer than all else here.
+            return [pixels[np.newaxis] for pixels in self._prepare(images[0], sizes, where.format(index=0))]
+        works = [functools.partial(self._prepare, image, sizes, where.format(index=index)) for index, image in enumerate(images)]
+        by_image = [await self.run(works[0], flow)] if len(works) == 1 else await self._run_all(works, flow)
+        return [np.stack([pixels[index] for pixels in by_image]) for index in range(len(sizes))]
+
+    async def _run_all(self, works: Sequence[Callable[[], list[Pixels]]], flow: Flow) -> list[list[Pixels]]:
+        jobs = [asyncio.ensure_future(self.run(work, flow)) for work in works]
         try:
-            by_image = [await job for job in jobs]
+            return [await job for job in jobs]
         finally:
             for job in jobs:
                 job.cancel()
                 # A job that fails after the first one did has nobody left to hear of it.
                 job.add_done_callback(_hear)
-        return [np.stack([pixels[index] for pixels in by_image]) for index in range(len(sizes))]
 
-    async def run(self, work: Callable[[], Work]) -> Work:
-        """Runs something else that takes its time in the same threads; never, if the caller is cancelled before it began."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def run(self, work: Callable[[], Work], flow: Flow = "") -> Work:
+        """Runs what takes its time in the threads, in its flow's turn; never, if the caller is cancelled before it began."""
+        await self._take_turn(flow)
+        started_seconds = time.monotonic()
+        end_turn = functools.partial(self._end_turn, flow, started_seconds)
+        loop = asyncio.get_running_loop()
+        job = self._threads.submit(work)
+        try:
+            return await asyncio.wrap_future(job)
+        finally:
+            if job.done():
+                end_turn()
+            else:
+                # The caller left, and the thread goes on.
+                job.add_done_callback(lambda _: _call_in(loop, end_turn))
+
+    async def _take_turn(self, flow: Flow) -> None:
+        if self._num_free and not self._waiting:
+            self._num_free -= 1
+            self._times.reach(flow)
+            return
+        number = next(self._numbers)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = flow, turn
+        self._line.add(number, flow, number)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if self._waiting.pop(number, None) is not None:
+                self._line.leave()
+            elif not turn.cancelled():
+                # Given in the same moment: the next one has it.
+                self._num_free += 1
+                self._give_turns()
+            raise
+
+    def _end_turn(self, flow: Flow, started_seconds: float) -> None:
+        self._times.charge(flow, time.monotonic() - started_seconds)
+        self._num_free += 1
+        self._give_turns()
+
+    def _give_turns(self) -> None:
+        while self._num_free and (number := self._line.first()) is not None:
+            flow, turn = self._waiting.pop(number)
+            self._line.leave()
+            if not turn.done():
+                self._times.reach(flow)
+                self._num_free -= 1
+                turn.set_result(None)
 
     def close(self) -> None:
         """Ends the threads when they have finished what they work on."""
@@ -104,6 +174,17 @@ class Preprocessor:
         except ImageError as error:
             raise ImageRefusedError(where, str(error)) from error
         return [resize(pixels, size) for size in sizes]
+
+
+def _fits(image: SentImage, size: int) -> bool:
+    """Whether an image is what a route takes already."""
+    return isinstance(image, RawImage) and image.height == image.width == size
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """Calls in an event loop, from another thread; not if the loop is closed, where nobody waits any more."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
 
 
 def _hear(job: asyncio.Future[list[Pixels]]) -> None:

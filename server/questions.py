@@ -12,9 +12,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from server.admission import UNKNOWN, Admission, Forecast
 from server.config import EngineSettings
 from server.engine import Logits, Question
-from server.errors import DeadlineError, NotLoadedError, OverloadedError, ServerError
+from server.errors import DeadlineError, NotLoadedError, ServerError
+from server.fairness import Flow, flow_of
 from server.generation import Generation
 
 Settlement = Callable[[], object]
@@ -27,15 +29,22 @@ class Branch:
 
     Attributes:
         segment: name of the segment that runs here.
-        num_tasks: how many of the tasks come through.
+        position: its place among all branches of the tree.
+        tasks: the tasks that come through.
         children: where rows go from here.
         leaves: the tasks whose logits come out here.
     """
 
     segment: str
-    num_tasks: int = 0
+    position: int = 0
+    tasks: list[str] = dataclasses.field(default_factory=list)
     children: dict[str, Branch] = dataclasses.field(default_factory=dict)
     leaves: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks come through."""
+        return len(self.tasks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -44,11 +53,13 @@ class RouteTree:
 
     Attributes:
         roots: first segments; more than one if some tasks share not even that.
-        branches: all places in it.
+        branches: all places in it, each behind the one that its rows come from.
+        flow: of the questions to these tasks; empty if it is none that anybody asked.
     """
 
     roots: tuple[Branch, ...]
     branches: tuple[Branch, ...]
+    flow: Flow = ""
 
     @property
     def num_branches(self) -> int:
@@ -59,20 +70,20 @@ class RouteTree:
     def build(cls, generation: Generation, tasks: Sequence[str]) -> RouteTree:
         """Returns the tree of these tasks' routes."""
         roots: dict[str, Branch] = {}
-        branches = []
+        branches: list[Branch] = []
         for name in tasks:
             children = roots
             branch = None
             for segment in generation.tasks[name].route:
                 branch = children.get(segment)
                 if branch is None:
-                    branch = children[segment] = Branch(segment)
+                    branch = children[segment] = Branch(segment, len(branches))
                     branches.append(branch)
-                branch.num_tasks += 1
+                branch.tasks.append(name)
                 children = branch.children
             if branch is not None:
                 branch.leaves.append(name)
-        return cls(tuple(roots.values()), tuple(branches))
+        return cls(tuple(roots.values()), tuple(branches), flow_of(tasks))
 
 
 class LoadedGeneration:
@@ -104,6 +115,7 @@ class OpenQuestion:
         tree: the routes of its tasks.
         num_planned: rows times segments that it takes in all.
         due_seconds: when its rows are due.
+        work_seconds: of computing that are left of it, as far as is known.
     """
 
     def __init__(self, number: int, question: Question, loaded: LoadedGeneration, due_seconds: float) -> None:
@@ -114,6 +126,7 @@ class OpenQuestion:
         self.tree = loaded.tree(question.tasks)
         self.num_planned = self.tree.num_branches * len(question.images)
         self.due_seconds = due_seconds
+        self.work_seconds = 0.0
         self._logits: dict[str, npt.NDArray[np.float32]] = {}
         self._num_missing = len(question.tasks) * len(question.images)
 
@@ -141,6 +154,10 @@ class OpenQuestion:
         return {name: self._logits[name] for name in self.question.tasks}
 
 
+Forecaster = Callable[[RouteTree, int, int], Forecast]
+"""Predicts what a question costs, from its tree, the number of its images and their size in pixels."""
+
+
 Opened = TypeVar("Opened", bound=OpenQuestion)
 Loaded = TypeVar("Loaded", bound=LoadedGeneration)
 
@@ -153,6 +170,7 @@ class OpenQuestions(Generic[Opened, Loaded]):
         settings: how much may wait, and how long.
         clock: seconds that only go forward, the clock of questions' deadlines.
         on_end: called with each question that is open no longer, whichever way it went.
+        forecast: predicts what questions cost; by default nothing is known of it.
     """
 
     def __init__(
@@ -161,25 +179,35 @@ class OpenQuestions(Generic[Opened, Loaded]):
         settings: EngineSettings,
         clock: Callable[[], float],
         on_end: Callable[[Opened], None],
+        forecast: Forecaster = lambda *_: UNKNOWN,
     ) -> None:
         self._kind = kind
         self._settings = settings
         self._clock = clock
         self._on_end = on_end
+        self._forecast = forecast
         self._open: dict[int, Opened] = {}
         self._numbers = itertools.count(1)
-        self._num_planned = 0
+        self._admission = Admission(settings.max_waiting_rows, settings.num_workers)
 
     @property
     def num_planned(self) -> int:
-        """Rows of open questions: the work that the bound counts."""
-        return self._num_planned
+        """Rows of open questions, without rehearsals: the work that the bound counts."""
+        return self._admission.num_rows
 
     def __len__(self) -> int:
         return len(self._open)
 
     def __contains__(self, opened: Opened) -> bool:
         return opened.number in self._open
+
+    def check(self, loaded: Loaded | None, tasks: tuple[str, ...], num_images: int, deadline_seconds: float | None) -> None:
+        """Checks whether a question would be let in now. See `Engine.check`, which says what it takes and raises."""
+        if loaded is None:
+            # Asked on, it fails with the words for it.
+            return
+        image_size = loaded.generation.tasks[tasks[0]].image_size
+        self._check(loaded.tree(tasks), num_images, image_size, deadline_seconds)
 
     def admit(self, question: Question, loaded: Loaded | None) -> Opened:
         """Opens a question.
@@ -190,31 +218,53 @@ class OpenQuestions(Generic[Opened, Loaded]):
 
         Raises:
             NotLoadedError: it does not.
-            DeadlineError: it is too late.
+            DeadlineError: it is too late, or will be.
             OverloadedError: too much waits.
         """
         now = self._clock()
         if loaded is None:
             raise NotLoadedError(question.generation.number)
-        if question.deadline_seconds is not None and question.deadline_seconds <= now:
-            raise DeadlineError
         due_seconds = now + self._settings.patience_seconds
         if question.deadline_seconds is not None:
             due_seconds = min(due_seconds, question.deadline_seconds)
         opened = self._kind(next(self._numbers), question, loaded, due_seconds)
-        # A question larger than the bound is answered when nothing else is open: the front door's limits bound its size. Rehearsals, few
-        # and small, are always let in: a server that is busy must not refuse a good generation for that.
-        if question.counted and self._num_planned and self._num_planned + opened.num_planned > self._settings.max_waiting_rows:
-            raise OverloadedError("rows of open questions", self._num_planned, self._settings.max_waiting_rows)
+        num_images, image_size = question.images.shape[:2]
+        # Rehearsals are always let in: a server that is busy must not refuse a good generation for that, nor a question for a rehearsal.
+        if question.counted:
+            forecast = self._check(opened.tree, num_images, image_size, question.deadline_seconds)
+            opened.work_seconds = forecast.work_seconds
+            self._admission.enter(opened.tree.flow, opened.num_planned, opened.work_seconds)
         self._open[opened.number] = opened
-        self._num_planned += opened.num_planned
         loaded.num_open += 1
         return opened
+
+    def _check(self, tree: RouteTree, num_images: int, image_size: int, deadline_seconds: float | None) -> Forecast:
+        left_seconds = None if deadline_seconds is None else deadline_seconds - self._clock()
+        forecast = self._forecast(tree, num_images, image_size)
+        self._admission.check(tree.flow, tree.num_branches * num_images, forecast, left_seconds)
+        return forecast
+
+    def progress(self, opened: Opened, work_seconds: float) -> None:
+        """Notes that so much work was done for an open question."""
+        if opened not in self:
+            return
+        done = min(opened.work_seconds, work_seconds)
+        opened.work_seconds -= done
+        self._admission.done(opened.tree.flow, done)
+
+    def complete(self, opened: Opened) -> Settlement:
+        """Takes a question out whose logits are complete, and returns what answers it; if it is late, what fails it."""
+        self.end(opened)
+        deadline_seconds = opened.question.deadline_seconds
+        if deadline_seconds is not None and deadline_seconds <= self._clock():
+            return failure(opened, DeadlineError())
+        return completion(opened)
 
     def end(self, opened: Opened) -> None:
         """Takes a question out; completing its future is up to the caller."""
         del self._open[opened.number]
-        self._num_planned -= opened.num_planned
+        if opened.question.counted:
+            self._admission.leave(opened.tree.flow, opened.num_planned, opened.work_seconds)
         opened.loaded.num_open -= 1
         self._on_end(opened)
 

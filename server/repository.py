@@ -1,14 +1,16 @@
 """A model repository on disk: which generation is current, and whether its files are what it says.
 
-Everything but CURRENT and the aliases is named by content and never changes, so a generation that was read whole stays true. What the
-files say to each other (routes' shapes, Triton's configs) is the matter of `server.verification`, which `Repository.read` asks.
+Everything but CURRENT, CANARY and the aliases is named by content and never changes, so a generation that was read whole stays true. What
+the files say to each other (routes' shapes, Triton's configs) is the matter of `server.verification`, which `Repository.read` asks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 import types
@@ -20,6 +22,7 @@ from google.protobuf import json_format
 from munet.signatures import SIGNATURE_BYTES, PublicKey, is_signed, read_public_key, signature_name
 from munet.v1 import generation_pb2
 from server import verification
+from server.canary import CanaryPointer
 from server.errors import Finding, GenerationRefusedError, NewerFormatError, NoGenerationError, RepositoryError, SettingsError
 from server.generation import Generation, Golden, Segment, Task, TensorSpec
 
@@ -27,7 +30,13 @@ FORMAT = 1
 """The newest format of generation-<number>.json that this module reads."""
 
 CURRENT = "CURRENT"
+CANARY = "CANARY"
 
+_GENERATION = re.compile(r"generation-([1-9][0-9]{0,18})\.json")
+_NUMBER = re.compile(rb"\s*[0-9]{1,18}\s*")
+"""What CURRENT may hold: greater numbers fit into no message."""
+
+_MAX_CANARY_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 1 << 30
 _DATA_TYPES: dict[int, str] = {
     generation_pb2.DATA_TYPE_UINT8: "uint8",
@@ -41,6 +50,8 @@ _PUBLISHED = re.compile(
 """Paths that a generation may name: nothing that anybody would run."""
 
 _Signature = tuple[int, int, int, int] | None
+
+_NO_CANARY = CanaryPointer(0, 0.0, {})
 
 
 class Repository:
@@ -67,37 +78,81 @@ class Repository:
             NoGenerationError: nothing was published here.
             RepositoryError: CURRENT cannot be read or holds no number.
         """
-        try:
-            with _inside(self.root, CURRENT).open("rb") as file:
-                text = file.read(64)
-        except (FileNotFoundError, NotADirectoryError):
-            raise NoGenerationError(self.root) from None
-        except (OSError, RuntimeError, _OutsideError) as error:
-            raise RepositoryError(f"{self.root / CURRENT}: found {error}, expected a readable file") from error
-        if not text.strip().isdigit():
+        text = self._read_small(CURRENT, 64)
+        if text is None:
+            raise NoGenerationError(self.root)
+        if not _NUMBER.fullmatch(text):
             raise RepositoryError(
                 f"{self.root / CURRENT}: found {text!r}, expected the number of a generation; "
                 "write the number of the newest generation-<number>.json there"
             )
         return int(text)
 
-    def fingerprint(self) -> Hashable:
-        """Returns a value that changes when another generation becomes current or the current one's file changes."""
+    def canary(self) -> CanaryPointer | None:
+        """Returns which generation is to be tried beside the current one, and how much; none if none is.
+
+        Raises:
+            RepositoryError: CANARY cannot be read or makes no sense.
+        """
+        text = self._read_small(CANARY, _MAX_CANARY_BYTES)
+        if text is None:
+            return None
         try:
-            number = self.current_number()
-        except RepositoryError as error:
-            return str(error)
-        return number, _signature(self.root / f"generation-{number}.json"), _signature(self.root / signature_name(number))
+            message = json_format.Parse(text, generation_pb2.Canary(), ignore_unknown_fields=True)
+        except (ValueError, TypeError, AttributeError, RecursionError, json_format.ParseError) as error:
+            message, found = generation_pb2.Canary(), str(error)[:300]
+        else:
+            found = repr(text[:200])
+        percents = [message.percent, *message.percent_of_task.values()]
+        if not message.generation or not all(0 <= percent <= 100 for percent in percents):
+            raise RepositoryError(
+                f"{self.root / CANARY}: found {found}, expected a generation's number and percentages from 0 to 100; "
+                "`munet-evolve canary` writes it"
+            )
+        return CanaryPointer(message.generation, message.percent, dict(message.percent_of_task))
+
+    def kept_numbers(self) -> list[int]:
+        """Returns the numbers of the generations that are there, ascending; none if the repository cannot be read."""
+        try:
+            names = os.listdir(self.root)  # noqa: PTH208  # thousands of models: no object for each
+        except OSError:
+            return []
+        return sorted(int(match[1]) for match in map(_GENERATION.fullmatch, names) if match)
+
+    def fingerprint(self) -> Hashable:
+        """Returns a value that changes when another generation becomes current or the canary, or one of their files changes."""
+        named = self._named()
+        signatures = (_signature(self.root / file) for number in named for file in _files_of(number))
+        return tuple(named), tuple(signatures), _signature(self.root / CANARY)
 
     def fingerprint_of_files(self) -> Hashable:
-        """Returns a value that changes when any file of the current generation changes, appears or goes."""
+        """Returns a value that changes when any file of the current generation or of the canary changes, appears or goes."""
+        signatures: list[Hashable] = []
+        for number in self._named():
+            with contextlib.suppress(_OutsideError, OSError, ValueError, TypeError, KeyError, RuntimeError):
+                manifest = json.loads(_inside(self.root, f"generation-{number}.json").read_bytes())
+                signatures += [_signature(self.root / entry["path"]) for entry in manifest["files"]]
+        return (self.fingerprint(), *signatures) if signatures else self.fingerprint()
+
+    def _named(self) -> list[int | str]:
+        """Returns the numbers of the current generation and of the canary; of one that cannot be read, why."""
+        named: list[int | str] = []
+        for read in (self.current_number, lambda: (self.canary() or _NO_CANARY).number):
+            try:
+                named.append(read())
+            except RepositoryError as error:
+                named.append(str(error))
+        return named
+
+    def _read_small(self, name: str, most_bytes: int) -> bytes | None:
+        """Returns what is in a file that says what is to be served; None if it is not there."""
         try:
-            number = self.current_number()
-            manifest = json.loads((self.root / f"generation-{number}.json").read_bytes())
-            names = [entry["path"] for entry in manifest["files"]]
-            return self.fingerprint(), tuple(_signature(self.root / name) for name in names)
-        except (RepositoryError, OSError, ValueError, TypeError, KeyError):
-            return self.fingerprint()
+            with _inside(self.root, name).open("rb") as file:
+                return file.read(most_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, RuntimeError, _OutsideError) as error:
+            raise RepositoryError(f"{self.root / name}: found {error}, expected a readable file") from error
 
     def read(self, number: int | None = None) -> Generation:
         """Reads and verifies a generation: its signature, its own form, every file's checksum, routes' shapes, Triton's configs.
@@ -243,6 +298,7 @@ class Repository:
             segments=types.MappingProxyType(segments),
             tasks=types.MappingProxyType(tasks),
             ensembles=types.MappingProxyType(ensembles),
+            previous=message.previous,
         )
 
     def _to_segment(self, segment: generation_pb2.Segment, checksums: Mapping[str, str]) -> Segment:
@@ -366,6 +422,10 @@ def _inside(root: pathlib.Path, path: str) -> pathlib.Path:
 def _is_plain(path: str) -> bool:
     parts = path.split("/")
     return bool(path) and "\\" not in path and "\0" not in path and not any(part in ("", ".", "..") for part in parts)
+
+
+def _files_of(number: int | str) -> tuple[str, ...]:
+    return (f"generation-{number}.json", signature_name(number)) if isinstance(number, int) else ()
 
 
 def _signature(path: pathlib.Path) -> _Signature:

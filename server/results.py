@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
+
+from server.engine import SegmentDistributions
+from server.errors import CallError
+from server.histogram import Distribution
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +99,36 @@ class ClassifyTasksResult:
         raise KeyError(task)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class StreamAnswer:
+    """What came of a question of a stream.
+
+    Attributes:
+        id: the question's.
+        result: a `ClassifyResult` if the question named one task, a `ClassifyTasksResult` otherwise; none if there is an error.
+        error: why there is no answer; none if there is one.
+    """
+
+    id: str
+    result: ClassifyResult | ClassifyTasksResult | None
+    error: CallError | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class FileAnswer:
+    """What came of one of many files.
+
+    Attributes:
+        file: which.
+        result: what the tasks say of it; none if there is an error.
+        error: why there is no answer, an `OSError` if the file could not be read; none if there is one.
+    """
+
+    file: pathlib.Path
+    result: ClassifyTasksResult | None
+    error: CallError | OSError | None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TaskInfo:
     """What a server tells of a task.
@@ -130,6 +166,25 @@ class TaskList:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TaskChanges:
+    """What is served otherwise than a watcher was told last; at first everything.
+
+    Attributes:
+        generation: number of the generation that serves.
+        added: tasks that were not there, in ascending order of name, as are the others.
+        changed: tasks of which something is told otherwise.
+        removed: names of tasks that are there no longer.
+        num_unchanged: all others.
+    """
+
+    generation: int
+    added: tuple[TaskInfo, ...]
+    changed: tuple[TaskInfo, ...]
+    removed: tuple[str, ...]
+    num_unchanged: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SegmentCounters:
     """What a segment ran since it was loaded.
 
@@ -141,6 +196,7 @@ class SegmentCounters:
         executions: batches that ran.
         tasks: tasks whose route uses it now.
         num_parameters: weights in it.
+        distributions: what its batches were like, if asked for and known.
     """
 
     name: str
@@ -150,6 +206,30 @@ class SegmentCounters:
     executions: int
     tasks: tuple[str, ...]
     num_parameters: int
+    distributions: SegmentDistributions | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskCounters:
+    """What a task was asked since the server started, or since the task was last served anew.
+
+    Attributes:
+        name: the task's.
+        answered: requests answered.
+        images: images in them.
+        failed: requests that failed after the task was found, by reason.
+        latency: seconds that each answered request took.
+        queue: seconds that it waited on its route of segments; empty where a Triton computes.
+        compute: seconds that it was computed there.
+    """
+
+    name: str
+    answered: int
+    images: int
+    failed: Mapping[str, int]
+    latency: Distribution
+    queue: Distribution
+    compute: Distribution
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -193,6 +273,25 @@ class EndpointStatus:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CanaryStatus:
+    """What a server says of the generation that it tries beside the one that serves.
+
+    Attributes:
+        generation: its number; 0 if not even that could be read.
+        percent: so many of a hundred requests about a task go to it.
+        percent_of_task: where it is another part, by the task's name.
+        refusal: why none goes to it; empty if it answers.
+        num_requests: requests that it was given since it was loaded or its part was changed.
+    """
+
+    generation: int
+    percent: float
+    percent_of_task: Mapping[str, float]
+    refusal: str
+    num_requests: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ServerStatus:
     """What a server says of itself.
 
@@ -206,6 +305,12 @@ class ServerStatus:
         engine: what computes.
         version: of the server.
         endpoints: the Tritons that compute; none if the server itself does.
+        rolled_back_from: number that CURRENT had when somebody went back; none if it is followed.
+        draining: whether the server is out of service, or about to be.
+        num_in_flight: questions and streams that are open.
+        kept_generations: numbers of those that the repository holds, ascending.
+        canary: what is tried beside what serves; none if nothing.
+        tasks: those that were asked, in ascending order of name, if asked for.
     """
 
     generation: int
@@ -217,6 +322,12 @@ class ServerStatus:
     engine: str
     version: str
     endpoints: tuple[EndpointStatus, ...] = ()
+    rolled_back_from: int | None = None
+    draining: bool = False
+    num_in_flight: int = 0
+    kept_generations: tuple[int, ...] = ()
+    canary: CanaryStatus | None = None
+    tasks: tuple[TaskCounters, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -230,3 +341,16 @@ class ReloadResult:
 
     generation: int
     changed: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RollbackResult:
+    """What a rollback came to.
+
+    Attributes:
+        generation: number of the generation that answers now.
+        previous: of the one that answered before.
+    """
+
+    generation: int
+    previous: int

@@ -36,8 +36,6 @@ import numpy.typing as npt
 
 # Before onnxruntime: it loads CUDA's libraries, and both are to use the same.
 import torch  # isort: skip
-import onnxruntime
-
 from evolve.documents import TaskRecord
 from evolve.export.publish import export_system
 from evolve.hyperparameters import Hyperparameters
@@ -48,13 +46,14 @@ from evolve.specs import adapter_spec, head_spec
 from evolve.store import System
 from evolve.vit import build_module, build_path, reference_logits, run_layers
 from munet.parity import find_disagreement, gaps, tolerance_of
+from munet.runtime import onnxruntime
 from server.config import EngineSettings
 from server.embedded.carriers import DeviceCarrier, carrier_of
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.sessions import PROVIDER_OPTIONS, PROVIDERS
 from server.engine import Question
 from server.generation import Generation
-from server.reload import rehearse
+from server.rehearsal import rehearse
 from server.repository import Repository
 
 Pixels = npt.NDArray[np.uint8]

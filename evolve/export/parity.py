@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from evolve.errors import ExportError
 from evolve.export.settings import Precision
 from munet.parity import FLOAT32_TOLERANCE, Logits, find_disagreement, gaps, tolerance_of
 from munet.preprocessing import Pixels
+from munet.runtime import onnxruntime
 
 NUM_TOP1_IMAGES = 1000
 """Images on which the best classes of a float16 route are compared with torch's: the fewest on which 99.9 % can be told from 100 %."""

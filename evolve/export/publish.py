@@ -22,6 +22,7 @@ from evolve.export.coarsening import Choice, Coarseness, coarsen
 from evolve.export.magnitudes import MOST_IN_FLOAT16, greatest_magnitude
 from evolve.export.onnx import export_segment
 from evolve.export.parity import NUM_TOP1_IMAGES, Routes, varied
+from evolve.export.releases import check_percent
 from evolve.export.repository import FORMAT, MODEL_FILE, Repository, open_for_publishing
 from evolve.export.segments import Segmentation, find_segments, published_cuts
 from evolve.export.settings import ExportSettings, Precision, Target, exporter_version
@@ -55,7 +56,7 @@ class PublishResult:
     """What publishing did.
 
     Attributes:
-        generation: number of the generation that is current now.
+        generation: number of the generation that is current now, or the canary.
         new_segments: names of the segments that were exported.
         reused_segments: names of those that were there already.
         seconds: wall time.
@@ -94,6 +95,7 @@ def export_system(
     response_cache: bool = False,
     num_top1_images: int = NUM_TOP1_IMAGES,
     signing_key: PrivateKey | None = None,
+    canary_percent: float | None = None,
     progress: Tell | None = None,
 ) -> PublishResult:
     """Publishes all current paths of a system.
@@ -113,21 +115,27 @@ def export_system(
         num_top1_images: images on which the best classes of a new float16 route are compared with torch's.
         signing_key: signs the generation. Of what is there already, only what the same key signed is used again; all else is exported and
             compared anew.
+        canary_percent: publishes a canary instead, which servers try beside the current generation: so many of a hundred requests about
+            tasks that it answers otherwise go to it. The current generation stays.
         progress: takes a sentence about each step.
 
     Raises:
-        ExportError: the system has no task, a route differs from torch, a segment is too large, or the repository is of a newer format,
-            of another system, damaged or cannot be written. The current generation is as it was.
+        ExportError: the percentage is none; there is no generation yet that a canary could stand beside; the system has no task, a route
+            differs from torch, a segment is too large, or the repository is of a newer format, of another system, damaged or cannot be
+            written. The current generation is as it was.
         DamagedError: a path, layer or example image of the system cannot be read.
     """
     tell = progress or (lambda _: None)
+    if canary_percent is not None:
+        check_percent(canary_percent)
     settings = ExportSettings(target=target, precision=precision, response_cache=response_cache)
     started = time.monotonic()
     try:
         # What the records name stays until it is published, whoever collects garbage meanwhile.
         with system.locks.reading(), open_for_publishing(repository, system.id, tell, signing_key) as opened:
             try:
-                result = _Publisher(system, opened, settings, coarseness, num_top1_images, tell).publish()
+                publisher = _Publisher(system, opened, settings, coarseness, num_top1_images, tell, canary_percent)
+                result = publisher.publish()
             finally:
                 # What a failure left behind goes at once; what was published before stays.
                 opened.collect()
@@ -150,6 +158,7 @@ class _Publisher:
         coarseness: Coarseness | None,
         num_top1_images: int,
         tell: Tell,
+        canary_percent: float | None,
     ) -> None:
         self._system = system
         self._repository = repository
@@ -157,9 +166,12 @@ class _Publisher:
         self._coarseness = coarseness
         self._num_top1_images = num_top1_images
         self._tell = tell
+        self._canary_percent = canary_percent
         self._files: dict[str, generation_pb2.File] = {}
 
     def publish(self) -> PublishResult:
+        if self._canary_percent is not None and not self._repository.current:
+            raise ExportError("found no current generation", "one that a canary stands beside", "publish without --canary first")
         # Read under the repository's lock: of two publishers the later one sees all that the earlier one saw.
         tasks = self._current_tasks()
         for name in tasks:
@@ -180,15 +192,16 @@ class _Publisher:
                 self._tell(
                     f"generation {generation.number} is not signed, as the one before was: who requires signatures refuses it"
                 )
-            self._repository.publish(generation)
+            self._repository.publish(generation, self._canary(generation.number))
             self._tell(f"published generation {generation.number} of {len(tasks)} tasks")
         else:
             self._tell(f"nothing changed: generation {self._repository.current} stays")
-        for name, message in messages.items():
-            self._repository.put_ensemble(self._ensemble_of(message, segmentation).renamed(name))
-        self._repository.remove_aliases(tasks)
+        if self._canary_percent is None:
+            for name, message in messages.items():
+                self._repository.put_ensemble(self._ensemble_of(message, segmentation).renamed(name))
+            self._repository.remove_aliases(tasks)
         return PublishResult(
-            generation=self._repository.current,
+            generation=generation.number if changed else self._repository.current,
             new_segments=tuple(sorted(new)),
             reused_segments=tuple(name for name in segmentation.segments if name not in new),
             seconds=0.0,
@@ -345,6 +358,10 @@ class _Publisher:
             generation.multi_task_ensembles.add(image_size=size, name=ensemble.name, tasks=names)
         generation.files.extend(self._files[path] for path in sorted(self._files))
         return generation
+
+    def _canary(self, number: int) -> generation_pb2.Canary | None:
+        percent = self._canary_percent
+        return None if percent is None else generation_pb2.Canary(generation=number, percent=percent)
 
     def _differs(self, generation: generation_pb2.Generation) -> bool:
         """Whether a generation says anything new."""

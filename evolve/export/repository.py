@@ -1,6 +1,7 @@
 """A model repository as its publisher sees it: what it holds, who may write, what may go.
 
     CURRENT                         number of the generation that servers are to answer from
+    CANARY                          a newer one that they are to try beside it, and how much, if there is one
     generation-<number>.json        a generation, see proto/munet/v1/generation.proto
     generation-<number>.sig         its signature, if somebody signed it, see munet.signatures
     golden-<size>.<hash>.npy        images that golden logits belong to
@@ -9,7 +10,8 @@
     <task>/                         alias: the task's ensemble under its plain name
     .publishing.lock                held by the one publisher
 
-Everything but CURRENT and the aliases is named by its content and never changes. Files and folders of other names are never touched.
+Everything but CURRENT, CANARY and the aliases is named by its content and never changes. Files and folders of other names are never
+touched.
 """
 
 from __future__ import annotations
@@ -49,12 +51,13 @@ _UNFINISHED = re.compile(r"\.(.+)\.[^.]+\.part")
 
 
 class Repository:
-    """A model repository, held for publishing. Made by `open_for_publishing`; use it within that context only.
+    """A model repository, held. Made by `open_for_publishing` or `open_for_release`; use it within that context only.
 
     Attributes:
         folder: the repository.
         generations: every generation there, by number, in ascending order.
         current: number of the current one; 0 if there is none yet.
+        canary: what is tried beside it; none if nothing is.
     """
 
     def __init__(
@@ -63,11 +66,13 @@ class Repository:
         generations: Mapping[int, generation_pb2.Generation],
         current: int,
         signing_key: PrivateKey | None = None,
+        canary: generation_pb2.Canary | None = None,
     ) -> None:
         """Use `open_for_publishing`."""
         self.folder = folder
         self.generations = dict(generations)
         self.current = current
+        self.canary = canary
         self._signing_key = signing_key
         # A signature vouches for all that its generation names. What others may have put there is made anew.
         self._trusted = {number for number in generations if signing_key is None or _is_signed_by(folder, number, signing_key)}
@@ -114,10 +119,14 @@ class Repository:
         names = sorted(ensemble.files, key=lambda name: (name == CONFIG_FILE, name))
         return [self.put(f"{ensemble.name}/{name}", ensemble.files[name]) for name in names]
 
-    def publish(self, generation: generation_pb2.Generation) -> None:
-        """Makes a generation the current one. All its files must be there.
+    def publish(self, generation: generation_pb2.Generation, canary: generation_pb2.Canary | None = None) -> None:
+        """Makes a generation the current one, which ends a canary. All its files must be there.
 
         It becomes so by the renaming of CURRENT; before that nobody sees it.
+
+        Args:
+            generation: which.
+            canary: makes it the canary instead, with this part of the requests.
         """
         # Also of files that a killed publisher wrote and this one found: nobody knows whether their names are on the disk yet.
         fresh = (pathlib.PurePosixPath(file.path) for file in generation.files if file.path not in self._checksums)
@@ -137,8 +146,47 @@ class Repository:
         self.generations[generation.number] = generation
         self._trusted.add(generation.number)
         self._aliases.update(task.name for task in generation.tasks)
-        write_atomically(self.folder / "CURRENT", f"{generation.number}\n".encode())
-        self.current = generation.number
+        if canary is None:
+            self._set_current(generation.number)
+        else:
+            self.put_canary(canary)
+
+    def put_canary(self, canary: generation_pb2.Canary) -> None:
+        """Has servers try a generation that is there beside the current one, which must be older."""
+        text = json_format.MessageToJson(canary, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        write_atomically(self.folder / "CANARY", f"{text}\n".encode())
+        self.canary = canary
+
+    def remove_canary(self) -> None:
+        """Has servers try nothing beside the current generation."""
+        (self.folder / "CANARY").unlink(missing_ok=True)
+        sync_folder(self.folder)
+        self.canary = None
+
+    def make_current(self, number: int) -> None:
+        """Makes a generation that is there the current one, and the aliases follow. The canary ends, whichever it is.
+
+        Raises:
+            ExportError: something that no generation knows of has the name of an alias.
+        """
+        generation = self.generations[number]
+        for task in generation.tasks:
+            self.check_alias(task.name)
+        if self.canary is not None and self.canary.generation != number:
+            # Before CURRENT: it may be older than what is current now, and must not come back with what was current before.
+            self.remove_canary()
+        self._set_current(number)
+        for task in generation.tasks:
+            folder = self.folder / task.ensemble
+            files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if _IN_MODEL.fullmatch(file.name)}
+            self.put_ensemble(Ensemble(task.ensemble, files).renamed(task.name))
+        self.remove_aliases([task.name for task in generation.tasks])
+
+    def _set_current(self, number: int) -> None:
+        write_atomically(self.folder / "CURRENT", f"{number}\n".encode())
+        self.current = number
+        # After CURRENT: a server that has loaded the canary goes on with it where it was promoted.
+        self.remove_canary()
 
     def check_alias(self, task: str) -> None:
         """Checks that an alias may be written.
@@ -160,9 +208,12 @@ class Repository:
     def collect(self) -> None:
         """Removes all but the newest generations and what only those removed named, and what killed publishers left unfinished.
 
-        A generation goes before its files, so that each one there is whole at any moment.
+        The current generation, the one that it was published on top of, and the canary stay as well, however old they are. A generation
+        goes before its files, so that each one there is whole at any moment.
         """
         kept = {*sorted(self.generations)[-KEPT_GENERATIONS:], self.current}
+        kept |= {self.generations[self.current].previous} if self.current in self.generations else set()
+        kept |= {self.canary.generation} if self.canary is not None else set()
         self.generations = {number: generation for number, generation in self.generations.items() if number in kept}
         for file in sorted(self.folder.iterdir()):
             match = _GENERATION.fullmatch(file.name) or _SIGNATURE.fullmatch(file.name)
@@ -185,7 +236,7 @@ class Repository:
 def open_for_publishing(
     folder: pathlib.Path, system_id: str, tell: Callable[[str], None], signing_key: PrivateKey | None = None
 ) -> Iterator[Repository]:
-    """Holds a repository for publishing; makes the folder if missing and waits while another process publishes there.
+    """Holds a repository for publishing; makes the folder if missing and waits while another process holds it.
 
     The end of the process, however it comes, releases it.
 
@@ -200,13 +251,7 @@ def open_for_publishing(
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".publishing.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tell(f"waiting for another process that publishes to {folder}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with _locked(folder, tell):
         generations = _read_generations(folder)
         for number, generation in generations.items():
             if generation.system_id != system_id:
@@ -215,14 +260,59 @@ def open_for_publishing(
                     f"a repository of system {system_id}",
                     "publish to another folder, one for each system",
                 )
-        yield Repository(folder, generations, _read_current(folder), signing_key)
+        yield Repository(folder, generations, _read_current(folder), signing_key, _read_canary(folder))
+
+
+@contextlib.contextmanager
+def open_for_release(folder: pathlib.Path, tell: Callable[[str], None]) -> Iterator[Repository]:
+    """Holds a repository whose generations stay as they are, to say which of them is current.
+
+    One that cannot be read is passed over, and so is a CURRENT that makes no sense: they may be why somebody goes back.
+
+    Args:
+        folder: the repository.
+        tell: takes a sentence if there is a reason to wait.
+
+    Raises:
+        ExportError: nothing was published there.
+        OSError: the folder cannot be written.
+    """
+    if not any(folder.glob("generation-*.json")):
+        raise ExportError(f"found nothing published in {folder}", "a model repository", "`munet-evolve export` makes one")
+    with _locked(folder, tell):
+        current = 0
+        with contextlib.suppress(ExportError):
+            current = _read_current(folder)
+        yield Repository(folder, _read_generations(folder, tell), current, canary=_read_canary(folder))
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, tell: Callable[[str], None]) -> Iterator[None]:
+    descriptor = os.open(folder / ".publishing.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell(f"waiting for another process that publishes to {folder}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 
 
-def _read_generations(folder: pathlib.Path) -> dict[int, generation_pb2.Generation]:
+def _read_generations(
+    folder: pathlib.Path, tell_damaged: Callable[[str], None] | None = None
+) -> dict[int, generation_pb2.Generation]:
     numbers = [int(match[1]) for file in folder.iterdir() if (match := _GENERATION.fullmatch(file.name))]
-    return {number: _read_generation(folder / f"generation-{number}.json") for number in sorted(numbers)}
+    generations = {}
+    for number in sorted(numbers):
+        try:
+            generations[number] = _read_generation(folder / f"generation-{number}.json")
+        except ExportError as error:
+            if tell_damaged is None:
+                raise
+            tell_damaged(f"passed over generation {number}: {error}")
+    return generations
 
 
 def _read_generation(file: pathlib.Path) -> generation_pb2.Generation:
@@ -265,6 +355,14 @@ def _read_current(folder: pathlib.Path) -> int:
         raise ExportError(f"found no number in {file} ({error})", "the number of a generation", "write it there") from error
 
 
+def _read_canary(folder: pathlib.Path) -> generation_pb2.Canary | None:
+    """Returns the canary; none also if nobody can read it, for servers cannot either."""
+    try:
+        return json_format.Parse((folder / "CANARY").read_bytes(), generation_pb2.Canary(), ignore_unknown_fields=True)
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, json_format.ParseError):
+        return None
+
+
 def _remove_model(folder: pathlib.Path) -> None:
     """Removes a model's folder; whatever munet did not write stays, and the folder with it."""
     if not folder.is_dir():
@@ -292,4 +390,6 @@ def _is_unfinished(file: pathlib.Path) -> bool:
     if match is None or not file.is_file():
         return False
     ours = match[1]
-    return ours == "CURRENT" or any(pattern.fullmatch(ours) for pattern in (_GENERATION, _SIGNATURE, _GOLDEN, _IN_MODEL))
+    return ours in ("CURRENT", "CANARY") or any(
+        pattern.fullmatch(ours) for pattern in (_GENERATION, _SIGNATURE, _GOLDEN, _IN_MODEL)
+    )

@@ -12,6 +12,7 @@ import markupsafe
 from evolve.report.content import SEARCH, Content
 from evolve.report.drawing import VARIABLES, in_time, in_units
 from evolve.report.tables import tables
+from munet.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _tiles(content: Content) -> list[_Tile]:
     ]
     tested = [standing.accuracy for standing in content.standings if standing.is_tested]
     if tested:
-        tiles.insert(1, _Tile(_share(sum(tested) / len(tested)), f"mean test accuracy of {_counted(len(tested), 'task')}"))
+        tiles.insert(1, _Tile(_share(sum(tested) / len(tested)), f"mean test accuracy of {counted(len(tested), 'task')}"))
     return tiles
 
 
@@ -308,7 +309,3 @@ def _share(value: float) -> str:
 
 def _margin(value: float) -> str:
     return f"{100 * value:+.2f}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -80,7 +80,7 @@ def augment(images: torch.Tensor, sizes: torch.Tensor, draws: torch.Tensor, hype
         if delta > 0:
             amount = upload((2 * draw - 1) * delta, pixels.device)
             pixels = change(pixels, amount[:, None, None, None])
-    return pixels.mul(2).sub_(1).clamp_(-1, 1).permute(0, 2, 3, 1)
+    return pixels.mul_(2).sub_(1).clamp_(-1, 1).permute(0, 2, 3, 1)
 
 
 def draws_nothing(hyperparameters: Hyperparameters) -> bool:
@@ -111,7 +111,7 @@ def _boxes(sizes: torch.Tensor, drawn: _Draws, area_min: float, aspect_min: floa
         return whole
     height, width = sizes.to(torch.float32).unbind(1)
     aspects = aspect_min + drawn.aspects * (1 / aspect_min - aspect_min)
-    least = (area_min * (height * width)[:, None] / aspects).sqrt()
+    least = _root(area_min * (height * width)[:, None] / aspects)
     greatest = torch.minimum(height[:, None], width[:, None] / aspects)
     fits = least <= greatest
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
@@ -123,14 +123,21 @@ def _boxes(sizes: torch.Tensor, drawn: _Draws, area_min: float, aspect_min: floa
     return torch.where(fits.any(1, keepdim=True), boxes, whole)
 
 
+def _root(values: torch.Tensor) -> torch.Tensor:
+    """Returns float32 square roots, rounded to the nearest: torch's own are off by a bit here and there, on each kind of CPU elsewhere."""
+    return values.to(torch.float64).sqrt().to(torch.float32)
+
+
 def _sample(pixels: torch.Tensor, boxes: torch.Tensor, mirrored: torch.Tensor, size: int) -> torch.Tensor:
     """Returns the boxes of [batch, 3, height, width] resized to [batch, 3, size, size]."""
     top, left, height, width = boxes.unbind(1)
-    nothing = torch.zeros_like(top)
-    across = torch.stack([torch.where(mirrored, -width, width), nothing, 2 * left + width - 1], dim=1)
-    down = torch.stack([nothing, height, 2 * top + height - 1], dim=1)
-    maps = upload(torch.stack([across, down], dim=1), pixels.device)
-    grid = functional.affine_grid(maps, [len(pixels), 3, size, size], align_corners=False)
+    scales = upload(torch.stack([torch.where(mirrored, -width, width), height], dim=1), pixels.device)
+    shifts = upload(torch.stack([2 * left + width - 1, 2 * top + height - 1], dim=1), pixels.device)
+    # The points of functional.affine_grid to the bit, which multiplies matrices for what is one scale and one shift along each axis.
+    centres = torch.linspace(-1, 1, size, device=pixels.device) * (size - 1) / size
+    across, down = (centres * scales[:, :, None] + shifts[:, :, None]).unbind(1)
+    shape = (len(pixels), size, size)
+    grid = torch.stack([across[:, None, :].expand(shape), down[:, :, None].expand(shape)], dim=-1)
     return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -27,6 +27,7 @@ from evolve.training import ray_gate
 from evolve.training.device import resolve_device
 from evolve.training.ray_cluster import connect
 from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, make_trainer
+from munet.words import counted
 
 QUIET_SECONDS = 30.0
 """So long a search waits for a first worker without a word."""
@@ -297,8 +298,8 @@ class RayTrainer(SpreadTrainer):
     def _described_cluster(self) -> str:
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         parts = [f"CPU {of.get('CPU', 0):g}, GPU {of.get('GPU', 0):g}" for of in alive]
-        counted = collections.Counter(parts)
-        return f"nodes with {'; '.join(f'{part} ({count})' for part, count in counted.items())}; all of it may be taken"
+        counts = collections.Counter(parts)
+        return f"nodes with {'; '.join(f'{part} ({count})' for part, count in counts.items())}; all of it may be taken"
 
     def _dismiss(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -432,7 +433,7 @@ class RayTrainer(SpreadTrainer):
         working = [worker for worker in self._workers if worker.is_ready]
         processors = sorted({worker.processor for worker in working})
         num_nodes = len({worker.node for worker in working})
-        line = f"{_counted(len(working), 'worker')} on {_counted(num_nodes, 'node')}: {', '.join(processors)}"
+        line = f"{counted(len(working), 'worker')} on {counted(num_nodes, 'node')}: {', '.join(processors)}"
         if working and line != self._told:
             self._told = line
             self._tell(line)
@@ -499,7 +500,3 @@ def _short(error: BaseException) -> str:
     text = telling[0].partition(" Some common causes")[0] if telling else (lines or [""])[0]
     name = "" if telling else f"{type(error).__name__}: "
     return f"{name}{text}"[:300]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

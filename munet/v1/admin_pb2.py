@@ -26,29 +26,53 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14munet/v1/admin.proto\x12\x08munet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n\rStatusRequest\"\xc7\x02\n\x0eStatusResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tnum_tasks\x18\x02 \x01(\r\x12+\n\x07started\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0blast_reload\x18\x05 \x01(\x0b\x32\x17.munet.v1.ReloadAttemptH\x00\x88\x01\x01\x12+\n\x08segments\x18\x06 \x03(\x0b\x32\x19.munet.v1.SegmentCounters\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12%\n\tendpoints\x18\t \x03(\x0b\x32\x12.munet.v1.EndpointB\x0e\n\x0c_last_reload\"\xbc\x01\n\x08\x45ndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.munet.v1.EndpointState\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04\x12\x16\n\x0erows_in_flight\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\"\x8d\x01\n\rReloadAttempt\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12,\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\x9d\x01\n\x0fSegmentCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erows_requested\x18\x02 \x01(\x04\x12\x15\n\rrows_computed\x18\x03 \x01(\x04\x12\x12\n\nrows_saved\x18\x04 \x01(\x04\x12\x12\n\nexecutions\x18\x05 \x01(\x04\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\"\x0f\n\rReloadRequest\"5\n\x0eReloadResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08*\x80\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NDPOINT_STATE_JOINING\x10\x01\x12\x1a\n\x16\x45NDPOINT_STATE_SERVING\x10\x02\x12\x17\n\x13\x45NDPOINT_STATE_DOWN\x10\x03\x32\x88\x01\n\x0c\x41\x64minService\x12;\n\x06Status\x12\x17.munet.v1.StatusRequest\x1a\x18.munet.v1.StatusResponse\x12;\n\x06Reload\x12\x17.munet.v1.ReloadRequest\x1a\x18.munet.v1.ReloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14munet/v1/admin.proto\x12\x08munet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\" \n\rStatusRequest\x12\x0f\n\x07\x64\x65tails\x18\x01 \x01(\x08\"\x9d\x04\n\x0eStatusResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tnum_tasks\x18\x02 \x01(\r\x12+\n\x07started\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0blast_reload\x18\x05 \x01(\x0b\x32\x17.munet.v1.ReloadAttemptH\x00\x88\x01\x01\x12+\n\x08segments\x18\x06 \x03(\x0b\x32\x19.munet.v1.SegmentCounters\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12%\n\tendpoints\x18\t \x03(\x0b\x32\x12.munet.v1.Endpoint\x12\x1d\n\x10rolled_back_from\x18\n \x01(\x04H\x01\x88\x01\x01\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x15\n\rnum_in_flight\x18\x0c \x01(\r\x12\x18\n\x10kept_generations\x18\r \x03(\x04\x12+\n\x06\x63\x61nary\x18\x0e \x01(\x0b\x32\x16.munet.v1.CanaryStatusH\x02\x88\x01\x01\x12%\n\x05tasks\x18\x10 \x03(\x0b\x32\x16.munet.v1.TaskCountersB\x0e\n\x0c_last_reloadB\x13\n\x11_rolled_back_fromB\t\n\x07_canary\"\xd4\x01\n\x0c\x43\x61naryStatus\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07percent\x18\x02 \x01(\x01\x12\x42\n\x0fpercent_of_task\x18\x03 \x03(\x0b\x32).munet.v1.CanaryStatus.PercentOfTaskEntry\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x14\n\x0cnum_requests\x18\x05 \x01(\x04\x1a\x34\n\x12PercentOfTaskEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x02\n\x0cTaskCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x61nswered\x18\x02 \x01(\x04\x12\x0e\n\x06images\x18\x03 \x01(\x04\x12\x32\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32\".munet.v1.TaskCounters.FailedEntry\x12\'\n\x07latency\x18\x05 \x01(\x0b\x32\x16.munet.v1.Distribution\x12%\n\x05queue\x18\x06 \x01(\x0b\x32\x16.munet.v1.Distribution\x12\'\n\x07\x63ompute\x18\x07 \x01(\x0b\x32\x16.munet.v1.Distribution\x1a-\n\x0b\x46\x61iledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\";\n\x0c\x44istribution\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\xbc\x01\n\x08\x45ndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.munet.v1.EndpointState\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04\x12\x16\n\x0erows_in_flight\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\t\"\x8d\x01\n\rReloadAttempt\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12,\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\xeb\x01\n\x0fSegmentCounters\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erows_requested\x18\x02 \x01(\x04\x12\x15\n\rrows_computed\x18\x03 \x01(\x04\x12\x12\n\nrows_saved\x18\x04 \x01(\x04\x12\x12\n\nexecutions\x18\x05 \x01(\x04\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12:\n\rdistributions\x18\x10 \x01(\x0b\x32\x1e.munet.v1.SegmentDistributionsH\x00\x88\x01\x01\x42\x10\n\x0e_distributions\"\xef\x01\n\x14SegmentDistributions\x12%\n\x05queue\x18\x01 \x01(\x0b\x32\x16.munet.v1.Distribution\x12\'\n\x07\x63ompute\x18\x02 \x01(\x0b\x32\x16.munet.v1.Distribution\x12*\n\nbatch_rows\x18\x03 \x01(\x0b\x32\x16.munet.v1.Distribution\x12.\n\x0e\x62\x61tch_requests\x18\x04 \x01(\x0b\x32\x16.munet.v1.Distribution\x12+\n\x0b\x62\x61tch_tasks\x18\x05 \x01(\x0b\x32\x16.munet.v1.Distribution\"\x0f\n\rReloadRequest\"5\n\x0eReloadResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x08\"%\n\x0fRollbackRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"8\n\x10RollbackResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x10\n\x08previous\x18\x02 \x01(\x04\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06\x63\x61ncel\x18\x01 \x01(\x08\" \n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08*\x80\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NDPOINT_STATE_JOINING\x10\x01\x12\x1a\n\x16\x45NDPOINT_STATE_SERVING\x10\x02\x12\x17\n\x13\x45NDPOINT_STATE_DOWN\x10\x03\x32\x85\x02\n\x0c\x41\x64minService\x12;\n\x06Status\x12\x17.munet.v1.StatusRequest\x1a\x18.munet.v1.StatusResponse\x12;\n\x06Reload\x12\x17.munet.v1.ReloadRequest\x1a\x18.munet.v1.ReloadResponse\x12\x41\n\x08Rollback\x12\x19.munet.v1.RollbackRequest\x1a\x1a.munet.v1.RollbackResponse\x12\x38\n\x05\x44rain\x12\x16.munet.v1.DrainRequest\x1a\x17.munet.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'munet.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENDPOINTSTATE']._serialized_start=1014
-  _globals['_ENDPOINTSTATE']._serialized_end=1142
+  _globals['_CANARYSTATUS_PERCENTOFTASKENTRY']._loaded_options = None
+  _globals['_CANARYSTATUS_PERCENTOFTASKENTRY']._serialized_options = b'8\001'
+  _globals['_TASKCOUNTERS_FAILEDENTRY']._loaded_options = None
+  _globals['_TASKCOUNTERS_FAILEDENTRY']._serialized_options = b'8\001'
+  _globals['_ENDPOINTSTATE']._serialized_start=2289
+  _globals['_ENDPOINTSTATE']._serialized_end=2417
   _globals['_STATUSREQUEST']._serialized_start=99
-  _globals['_STATUSREQUEST']._serialized_end=114
-  _globals['_STATUSRESPONSE']._serialized_start=117
-  _globals['_STATUSRESPONSE']._serialized_end=444
-  _globals['_ENDPOINT']._serialized_start=447
-  _globals['_ENDPOINT']._serialized_end=635
-  _globals['_RELOADATTEMPT']._serialized_start=638
-  _globals['_RELOADATTEMPT']._serialized_end=779
-  _globals['_SEGMENTCOUNTERS']._serialized_start=782
-  _globals['_SEGMENTCOUNTERS']._serialized_end=939
-  _globals['_RELOADREQUEST']._serialized_start=941
-  _globals['_RELOADREQUEST']._serialized_end=956
-  _globals['_RELOADRESPONSE']._serialized_start=958
-  _globals['_RELOADRESPONSE']._serialized_end=1011
-  _globals['_ADMINSERVICE']._serialized_start=1145
-  _globals['_ADMINSERVICE']._serialized_end=1281
+  _globals['_STATUSREQUEST']._serialized_end=131
+  _globals['_STATUSRESPONSE']._serialized_start=134
+  _globals['_STATUSRESPONSE']._serialized_end=675
+  _globals['_CANARYSTATUS']._serialized_start=678
+  _globals['_CANARYSTATUS']._serialized_end=890
+  _globals['_CANARYSTATUS_PERCENTOFTASKENTRY']._serialized_start=838
+  _globals['_CANARYSTATUS_PERCENTOFTASKENTRY']._serialized_end=890
+  _globals['_TASKCOUNTERS']._serialized_start=893
+  _globals['_TASKCOUNTERS']._serialized_end=1175
+  _globals['_TASKCOUNTERS_FAILEDENTRY']._serialized_start=1130
+  _globals['_TASKCOUNTERS_FAILEDENTRY']._serialized_end=1175
+  _globals['_DISTRIBUTION']._serialized_start=1177
+  _globals['_DISTRIBUTION']._serialized_end=1236
+  _globals['_ENDPOINT']._serialized_start=1239
+  _globals['_ENDPOINT']._serialized_end=1427
+  _globals['_RELOADATTEMPT']._serialized_start=1430
+  _globals['_RELOADATTEMPT']._serialized_end=1571
+  _globals['_SEGMENTCOUNTERS']._serialized_start=1574
+  _globals['_SEGMENTCOUNTERS']._serialized_end=1809
+  _globals['_SEGMENTDISTRIBUTIONS']._serialized_start=1812
+  _globals['_SEGMENTDISTRIBUTIONS']._serialized_end=2051
+  _globals['_RELOADREQUEST']._serialized_start=2053
+  _globals['_RELOADREQUEST']._serialized_end=2068
+  _globals['_RELOADRESPONSE']._serialized_start=2070
+  _globals['_RELOADRESPONSE']._serialized_end=2123
+  _globals['_ROLLBACKREQUEST']._serialized_start=2125
+  _globals['_ROLLBACKREQUEST']._serialized_end=2162
+  _globals['_ROLLBACKRESPONSE']._serialized_start=2164
+  _globals['_ROLLBACKRESPONSE']._serialized_end=2220
+  _globals['_DRAINREQUEST']._serialized_start=2222
+  _globals['_DRAINREQUEST']._serialized_end=2252
+  _globals['_DRAINRESPONSE']._serialized_start=2254
+  _globals['_DRAINRESPONSE']._serialized_end=2286
+  _globals['_ADMINSERVICE']._serialized_start=2420
+  _globals['_ADMINSERVICE']._serialized_end=2681
 # @@protoc_insertion_point(module_scope)

@@ -23,11 +23,13 @@ ENDPOINT_STATE_SERVING: EndpointState
 ENDPOINT_STATE_DOWN: EndpointState
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("details",)
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    details: bool
+    def __init__(self, details: _Optional[bool] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("generation", "num_tasks", "started", "uptime", "last_reload", "segments", "engine", "version", "endpoints")
+    __slots__ = ("generation", "num_tasks", "started", "uptime", "last_reload", "segments", "engine", "version", "endpoints", "rolled_back_from", "draining", "num_in_flight", "kept_generations", "canary", "tasks")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NUM_TASKS_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +39,12 @@ class StatusResponse(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    ROLLED_BACK_FROM_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NUM_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     num_tasks: int
     started: _timestamp_pb2.Timestamp
@@ -46,7 +54,69 @@ class StatusResponse(_message.Message):
     engine: str
     version: str
     endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
-    def __init__(self, generation: _Optional[int] = ..., num_tasks: _Optional[int] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_reload: _Optional[_Union[ReloadAttempt, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[SegmentCounters, _Mapping]]] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ...) -> None: ...
+    rolled_back_from: int
+    draining: bool
+    num_in_flight: int
+    kept_generations: _containers.RepeatedScalarFieldContainer[int]
+    canary: CanaryStatus
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskCounters]
+    def __init__(self, generation: _Optional[int] = ..., num_tasks: _Optional[int] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_reload: _Optional[_Union[ReloadAttempt, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[SegmentCounters, _Mapping]]] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., rolled_back_from: _Optional[int] = ..., draining: _Optional[bool] = ..., num_in_flight: _Optional[int] = ..., kept_generations: _Optional[_Iterable[int]] = ..., canary: _Optional[_Union[CanaryStatus, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[TaskCounters, _Mapping]]] = ...) -> None: ...
+
+class CanaryStatus(_message.Message):
+    __slots__ = ("generation", "percent", "percent_of_task", "refusal", "num_requests")
+    class PercentOfTaskEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_OF_TASK_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    percent: float
+    percent_of_task: _containers.ScalarMap[str, float]
+    refusal: str
+    num_requests: int
+    def __init__(self, generation: _Optional[int] = ..., percent: _Optional[float] = ..., percent_of_task: _Optional[_Mapping[str, float]] = ..., refusal: _Optional[str] = ..., num_requests: _Optional[int] = ...) -> None: ...
+
+class TaskCounters(_message.Message):
+    __slots__ = ("name", "answered", "images", "failed", "latency", "queue", "compute")
+    class FailedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    answered: int
+    images: int
+    failed: _containers.ScalarMap[str, int]
+    latency: Distribution
+    queue: Distribution
+    compute: Distribution
+    def __init__(self, name: _Optional[str] = ..., answered: _Optional[int] = ..., images: _Optional[int] = ..., failed: _Optional[_Mapping[str, int]] = ..., latency: _Optional[_Union[Distribution, _Mapping]] = ..., queue: _Optional[_Union[Distribution, _Mapping]] = ..., compute: _Optional[_Union[Distribution, _Mapping]] = ...) -> None: ...
+
+class Distribution(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("address", "state", "since", "reason", "generations", "rows_in_flight", "version")
@@ -79,7 +149,7 @@ class ReloadAttempt(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., finished: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class SegmentCounters(_message.Message):
-    __slots__ = ("name", "rows_requested", "rows_computed", "rows_saved", "executions", "tasks", "num_parameters")
+    __slots__ = ("name", "rows_requested", "rows_computed", "rows_saved", "executions", "tasks", "num_parameters", "distributions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROWS_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     ROWS_COMPUTED_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +157,7 @@ class SegmentCounters(_message.Message):
     EXECUTIONS_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    DISTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     rows_requested: int
     rows_computed: int
@@ -94,7 +165,22 @@ class SegmentCounters(_message.Message):
     executions: int
     tasks: _containers.RepeatedScalarFieldContainer[str]
     num_parameters: int
-    def __init__(self, name: _Optional[str] = ..., rows_requested: _Optional[int] = ..., rows_computed: _Optional[int] = ..., rows_saved: _Optional[int] = ..., executions: _Optional[int] = ..., tasks: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ...) -> None: ...
+    distributions: SegmentDistributions
+    def __init__(self, name: _Optional[str] = ..., rows_requested: _Optional[int] = ..., rows_computed: _Optional[int] = ..., rows_saved: _Optional[int] = ..., executions: _Optional[int] = ..., tasks: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., distributions: _Optional[_Union[SegmentDistributions, _Mapping]] = ...) -> None: ...
+
+class SegmentDistributions(_message.Message):
+    __slots__ = ("queue", "compute", "batch_rows", "batch_requests", "batch_tasks")
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TASKS_FIELD_NUMBER: _ClassVar[int]
+    queue: Distribution
+    compute: Distribution
+    batch_rows: Distribution
+    batch_requests: Distribution
+    batch_tasks: Distribution
+    def __init__(self, queue: _Optional[_Union[Distribution, _Mapping]] = ..., compute: _Optional[_Union[Distribution, _Mapping]] = ..., batch_rows: _Optional[_Union[Distribution, _Mapping]] = ..., batch_requests: _Optional[_Union[Distribution, _Mapping]] = ..., batch_tasks: _Optional[_Union[Distribution, _Mapping]] = ...) -> None: ...
 
 class ReloadRequest(_message.Message):
     __slots__ = ()
@@ -107,3 +193,29 @@ class ReloadResponse(_message.Message):
     generation: int
     changed: bool
     def __init__(self, generation: _Optional[int] = ..., changed: _Optional[bool] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ("generation", "previous")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    previous: int
+    def __init__(self, generation: _Optional[int] = ..., previous: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("cancel",)
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    cancel: bool
+    def __init__(self, cancel: _Optional[bool] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("drained",)
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    drained: bool
+    def __init__(self, drained: _Optional[bool] = ...) -> None: ...

@@ -44,6 +44,16 @@ class AdminServiceStub:
                 request_serializer=munet_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
                 response_deserializer=munet_dot_v1_dot_admin__pb2.ReloadResponse.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/munet.v1.AdminService/Rollback',
+                request_serializer=munet_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=munet_dot_v1_dot_admin__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/munet.v1.AdminService/Drain',
+                request_serializer=munet_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=munet_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -59,6 +69,25 @@ class AdminServiceServicer:
     def Reload(self, request, context):
         """Loads the repository's current generation if it is another one, and answers when it serves. FAILED_PRECONDITION with the
         reason if it was refused; the old generation then goes on serving.
+        Ends a rollback.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Has this server, and no other, answer from a generation that is still kept. It stays there until CURRENT names another one than it
+        does now, or Reload; a server that starts anew begins with CURRENT. FAILED_PRECONDITION with the reason if it was refused.
+        `munet-evolve rollback` changes CURRENT itself, and so every server.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes this server out of service: health says NOT_SERVING, after a moment new questions are UNAVAILABLE, and what is in flight
+        finishes. Answers when nothing is in flight any more. It stays so if the call ends before, until the process ends or Drain is
+        called with `cancel`. This service goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +105,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Reload,
                     request_deserializer=munet_dot_v1_dot_admin__pb2.ReloadRequest.FromString,
                     response_serializer=munet_dot_v1_dot_admin__pb2.ReloadResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=munet_dot_v1_dot_admin__pb2.RollbackRequest.FromString,
+                    response_serializer=munet_dot_v1_dot_admin__pb2.RollbackResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=munet_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=munet_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +171,60 @@ class AdminService:
             '/munet.v1.AdminService/Reload',
             munet_dot_v1_dot_admin__pb2.ReloadRequest.SerializeToString,
             munet_dot_v1_dot_admin__pb2.ReloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/munet.v1.AdminService/Rollback',
+            munet_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
+            munet_dot_v1_dot_admin__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/munet.v1.AdminService/Drain',
+            munet_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            munet_dot_v1_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -140,3 +140,20 @@ class File(_message.Message):
     sha256: str
     num_bytes: int
     def __init__(self, path: _Optional[str] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class Canary(_message.Message):
+    __slots__ = ("generation", "percent", "percent_of_task")
+    class PercentOfTaskEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_OF_TASK_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    percent: float
+    percent_of_task: _containers.ScalarMap[str, float]
+    def __init__(self, generation: _Optional[int] = ..., percent: _Optional[float] = ..., percent_of_task: _Optional[_Mapping[str, float]] = ...) -> None: ...

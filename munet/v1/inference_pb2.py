@@ -22,43 +22,56 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18munet/v1/inference.proto\x12\x08munet.v1\"H\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12!\n\x03raw\x18\x02 \x01(\x0b\x32\x12.munet.v1.RawImageH\x00\x42\t\n\x07\x63ontent\"I\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"L\n\x0e\x43lassification\x12*\n\x06labels\x18\x01 \x03(\x0b\x32\x1a.munet.v1.LabelProbability\x12\x0e\n\x06logits\x18\x02 \x03(\x02\"E\n\x10LabelProbability\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"g\n\x0f\x43lassifyRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x1f\n\x06images\x18\x02 \x03(\x0b\x32\x0f.munet.v1.Image\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x16\n\x0einclude_logits\x18\x04 \x01(\x08\"x\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07path_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x31\n\x0f\x63lassifications\x18\x04 \x03(\x0b\x32\x18.munet.v1.Classification\"l\n\x14\x43lassifyTasksRequest\x12\x1e\n\x05image\x18\x01 \x01(\x0b\x32\x0f.munet.v1.Image\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x16\n\x0einclude_logits\x18\x04 \x01(\x08\"X\n\x15\x43lassifyTasksResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12+\n\x05tasks\x18\x02 \x03(\x0b\x32\x1c.munet.v1.TaskClassification\"e\n\x12TaskClassification\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07path_id\x18\x02 \x01(\t\x12\x30\n\x0e\x63lassification\x18\x03 \x01(\x0b\x32\x18.munet.v1.Classification\"\x12\n\x10ListTasksRequest\"J\n\x11ListTasksResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12!\n\x05tasks\x18\x02 \x03(\x0b\x32\x12.munet.v1.TaskInfo\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"G\n\x0fGetTaskResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12 \n\x04task\x18\x02 \x01(\x0b\x32\x12.munet.v1.TaskInfo\"\x9b\x01\n\x08TaskInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07path_id\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x12\n\nimage_size\x18\x04 \x01(\r\x12\x0f\n\x07quality\x18\x05 \x01(\x01\x12\x1a\n\rtest_accuracy\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05route\x18\x07 \x03(\tB\x10\n\x0e_test_accuracy2\xad\x02\n\x10InferenceService\x12\x41\n\x08\x43lassify\x12\x19.munet.v1.ClassifyRequest\x1a\x1a.munet.v1.ClassifyResponse\x12P\n\rClassifyTasks\x12\x1e.munet.v1.ClassifyTasksRequest\x1a\x1f.munet.v1.ClassifyTasksResponse\x12\x44\n\tListTasks\x12\x1a.munet.v1.ListTasksRequest\x1a\x1b.munet.v1.ListTasksResponse\x12>\n\x07GetTask\x12\x18.munet.v1.GetTaskRequest\x1a\x19.munet.v1.GetTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18munet/v1/inference.proto\x12\x08munet.v1\x1a\x1egoogle/protobuf/duration.proto\"H\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12!\n\x03raw\x18\x02 \x01(\x0b\x32\x12.munet.v1.RawImageH\x00\x42\t\n\x07\x63ontent\"I\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"L\n\x0e\x43lassification\x12*\n\x06labels\x18\x01 \x03(\x0b\x32\x1a.munet.v1.LabelProbability\x12\x0e\n\x06logits\x18\x02 \x03(\x02\"E\n\x10LabelProbability\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"\x87\x01\n\x0f\x43lassifyRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x1f\n\x06images\x18\x02 \x03(\x0b\x32\x0f.munet.v1.Image\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x16\n\x0einclude_logits\x18\x04 \x01(\x08\x12\x1e\n\x05label\x18\x05 \x01(\x0e\x32\x0f.munet.v1.Label\"x\n\x10\x43lassifyResponse\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07path_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x31\n\x0f\x63lassifications\x18\x04 \x03(\x0b\x32\x18.munet.v1.Classification\"\x8c\x01\n\x14\x43lassifyTasksRequest\x12\x1e\n\x05image\x18\x01 \x01(\x0b\x32\x0f.munet.v1.Image\x12\r\n\x05tasks\x18\x02 \x03(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x16\n\x0einclude_logits\x18\x04 \x01(\x08\x12\x1e\n\x05label\x18\x05 \x01(\x0e\x32\x0f.munet.v1.Label\"X\n\x15\x43lassifyTasksResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12+\n\x05tasks\x18\x02 \x03(\x0b\x32\x1c.munet.v1.TaskClassification\"e\n\x12TaskClassification\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07path_id\x18\x02 \x01(\t\x12\x30\n\x0e\x63lassification\x18\x03 \x01(\x0b\x32\x18.munet.v1.Classification\"\xc4\x01\n\x15\x43lassifyStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12-\n\x08\x63lassify\x18\x02 \x01(\x0b\x32\x19.munet.v1.ClassifyRequestH\x00\x12\x38\n\x0e\x63lassify_tasks\x18\x03 \x01(\x0b\x32\x1e.munet.v1.ClassifyTasksRequestH\x00\x12*\n\x07timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\n\n\x08question\"\xc0\x01\n\x16\x43lassifyStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x08\x63lassify\x18\x02 \x01(\x0b\x32\x1a.munet.v1.ClassifyResponseH\x00\x12\x39\n\x0e\x63lassify_tasks\x18\x03 \x01(\x0b\x32\x1f.munet.v1.ClassifyTasksResponseH\x00\x12$\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x11.munet.v1.FailureH\x00\x42\t\n\x07outcome\"X\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x0bretry_delay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x12\n\x10ListTasksRequest\"J\n\x11ListTasksResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12!\n\x05tasks\x18\x02 \x03(\x0b\x32\x12.munet.v1.TaskInfo\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"G\n\x0fGetTaskResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12 \n\x04task\x18\x02 \x01(\x0b\x32\x12.munet.v1.TaskInfo\"\x13\n\x11WatchTasksRequest\"\x98\x01\n\x12WatchTasksResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12!\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\x0b\x32\x12.munet.v1.TaskInfo\x12#\n\x07\x63hanged\x18\x03 \x03(\x0b\x32\x12.munet.v1.TaskInfo\x12\x0f\n\x07removed\x18\x04 \x03(\t\x12\x15\n\rnum_unchanged\x18\x05 \x01(\r\"\x9b\x01\n\x08TaskInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07path_id\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x12\n\nimage_size\x18\x04 \x01(\r\x12\x0f\n\x07quality\x18\x05 \x01(\x01\x12\x1a\n\rtest_accuracy\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05route\x18\x07 \x03(\tB\x10\n\x0e_test_accuracy*B\n\x05Label\x12\x15\n\x11LABEL_UNSPECIFIED\x10\x00\x12\x10\n\x0cLABEL_STABLE\x10\x01\x12\x10\n\x0cLABEL_CANARY\x10\x02\x32\xd1\x03\n\x10InferenceService\x12\x41\n\x08\x43lassify\x12\x19.munet.v1.ClassifyRequest\x1a\x1a.munet.v1.ClassifyResponse\x12P\n\rClassifyTasks\x12\x1e.munet.v1.ClassifyTasksRequest\x1a\x1f.munet.v1.ClassifyTasksResponse\x12W\n\x0e\x43lassifyStream\x12\x1f.munet.v1.ClassifyStreamRequest\x1a .munet.v1.ClassifyStreamResponse(\x01\x30\x01\x12\x44\n\tListTasks\x12\x1a.munet.v1.ListTasksRequest\x1a\x1b.munet.v1.ListTasksResponse\x12>\n\x07GetTask\x12\x18.munet.v1.GetTaskRequest\x1a\x19.munet.v1.GetTaskResponse\x12I\n\nWatchTasks\x12\x1b.munet.v1.WatchTasksRequest\x1a\x1c.munet.v1.WatchTasksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'munet.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGE']._serialized_start=38
-  _globals['_IMAGE']._serialized_end=110
-  _globals['_RAWIMAGE']._serialized_start=112
-  _globals['_RAWIMAGE']._serialized_end=185
-  _globals['_CLASSIFICATION']._serialized_start=187
-  _globals['_CLASSIFICATION']._serialized_end=263
-  _globals['_LABELPROBABILITY']._serialized_start=265
-  _globals['_LABELPROBABILITY']._serialized_end=334
-  _globals['_CLASSIFYREQUEST']._serialized_start=336
-  _globals['_CLASSIFYREQUEST']._serialized_end=439
-  _globals['_CLASSIFYRESPONSE']._serialized_start=441
-  _globals['_CLASSIFYRESPONSE']._serialized_end=561
-  _globals['_CLASSIFYTASKSREQUEST']._serialized_start=563
-  _globals['_CLASSIFYTASKSREQUEST']._serialized_end=671
-  _globals['_CLASSIFYTASKSRESPONSE']._serialized_start=673
-  _globals['_CLASSIFYTASKSRESPONSE']._serialized_end=761
-  _globals['_TASKCLASSIFICATION']._serialized_start=763
-  _globals['_TASKCLASSIFICATION']._serialized_end=864
-  _globals['_LISTTASKSREQUEST']._serialized_start=866
-  _globals['_LISTTASKSREQUEST']._serialized_end=884
-  _globals['_LISTTASKSRESPONSE']._serialized_start=886
-  _globals['_LISTTASKSRESPONSE']._serialized_end=960
-  _globals['_GETTASKREQUEST']._serialized_start=962
-  _globals['_GETTASKREQUEST']._serialized_end=992
-  _globals['_GETTASKRESPONSE']._serialized_start=994
-  _globals['_GETTASKRESPONSE']._serialized_end=1065
-  _globals['_TASKINFO']._serialized_start=1068
-  _globals['_TASKINFO']._serialized_end=1223
-  _globals['_INFERENCESERVICE']._serialized_start=1226
-  _globals['_INFERENCESERVICE']._serialized_end=1527
+  _globals['_LABEL']._serialized_start=1983
+  _globals['_LABEL']._serialized_end=2049
+  _globals['_IMAGE']._serialized_start=70
+  _globals['_IMAGE']._serialized_end=142
+  _globals['_RAWIMAGE']._serialized_start=144
+  _globals['_RAWIMAGE']._serialized_end=217
+  _globals['_CLASSIFICATION']._serialized_start=219
+  _globals['_CLASSIFICATION']._serialized_end=295
+  _globals['_LABELPROBABILITY']._serialized_start=297
+  _globals['_LABELPROBABILITY']._serialized_end=366
+  _globals['_CLASSIFYREQUEST']._serialized_start=369
+  _globals['_CLASSIFYREQUEST']._serialized_end=504
+  _globals['_CLASSIFYRESPONSE']._serialized_start=506
+  _globals['_CLASSIFYRESPONSE']._serialized_end=626
+  _globals['_CLASSIFYTASKSREQUEST']._serialized_start=629
+  _globals['_CLASSIFYTASKSREQUEST']._serialized_end=769
+  _globals['_CLASSIFYTASKSRESPONSE']._serialized_start=771
+  _globals['_CLASSIFYTASKSRESPONSE']._serialized_end=859
+  _globals['_TASKCLASSIFICATION']._serialized_start=861
+  _globals['_TASKCLASSIFICATION']._serialized_end=962
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=965
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=1161
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=1164
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1356
+  _globals['_FAILURE']._serialized_start=1358
+  _globals['_FAILURE']._serialized_end=1446
+  _globals['_LISTTASKSREQUEST']._serialized_start=1448
+  _globals['_LISTTASKSREQUEST']._serialized_end=1466
+  _globals['_LISTTASKSRESPONSE']._serialized_start=1468
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1542
+  _globals['_GETTASKREQUEST']._serialized_start=1544
+  _globals['_GETTASKREQUEST']._serialized_end=1574
+  _globals['_GETTASKRESPONSE']._serialized_start=1576
+  _globals['_GETTASKRESPONSE']._serialized_end=1647
+  _globals['_WATCHTASKSREQUEST']._serialized_start=1649
+  _globals['_WATCHTASKSREQUEST']._serialized_end=1668
+  _globals['_WATCHTASKSRESPONSE']._serialized_start=1671
+  _globals['_WATCHTASKSRESPONSE']._serialized_end=1823
+  _globals['_TASKINFO']._serialized_start=1826
+  _globals['_TASKINFO']._serialized_end=1981
+  _globals['_INFERENCESERVICE']._serialized_start=2052
+  _globals['_INFERENCESERVICE']._serialized_end=2517
 # @@protoc_insertion_point(module_scope)

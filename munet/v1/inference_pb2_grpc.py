@@ -30,7 +30,7 @@ class InferenceServiceStub:
 
     Errors: NOT_FOUND an unknown task (the message names similar ones); INVALID_ARGUMENT no image, bytes that are no image, a wrong
     raw shape, too many images or pixels; DEADLINE_EXCEEDED, CANCELLED; RESOURCE_EXHAUSTED too much waits; UNAVAILABLE no
-    generation is loaded or the server is shutting down; INTERNAL anything else, with an id that the server's log has too.
+    generation is loaded, or the server is draining or shutting down; INTERNAL anything else, with an id that the server's log has too.
     """
 
     def __init__(self, channel):
@@ -49,6 +49,11 @@ class InferenceServiceStub:
                 request_serializer=munet_dot_v1_dot_inference__pb2.ClassifyTasksRequest.SerializeToString,
                 response_deserializer=munet_dot_v1_dot_inference__pb2.ClassifyTasksResponse.FromString,
                 _registered_method=True)
+        self.ClassifyStream = channel.stream_stream(
+                '/munet.v1.InferenceService/ClassifyStream',
+                request_serializer=munet_dot_v1_dot_inference__pb2.ClassifyStreamRequest.SerializeToString,
+                response_deserializer=munet_dot_v1_dot_inference__pb2.ClassifyStreamResponse.FromString,
+                _registered_method=True)
         self.ListTasks = channel.unary_unary(
                 '/munet.v1.InferenceService/ListTasks',
                 request_serializer=munet_dot_v1_dot_inference__pb2.ListTasksRequest.SerializeToString,
@@ -59,6 +64,11 @@ class InferenceServiceStub:
                 request_serializer=munet_dot_v1_dot_inference__pb2.GetTaskRequest.SerializeToString,
                 response_deserializer=munet_dot_v1_dot_inference__pb2.GetTaskResponse.FromString,
                 _registered_method=True)
+        self.WatchTasks = channel.unary_stream(
+                '/munet.v1.InferenceService/WatchTasks',
+                request_serializer=munet_dot_v1_dot_inference__pb2.WatchTasksRequest.SerializeToString,
+                response_deserializer=munet_dot_v1_dot_inference__pb2.WatchTasksResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -66,7 +76,7 @@ class InferenceServiceServicer:
 
     Errors: NOT_FOUND an unknown task (the message names similar ones); INVALID_ARGUMENT no image, bytes that are no image, a wrong
     raw shape, too many images or pixels; DEADLINE_EXCEEDED, CANCELLED; RESOURCE_EXHAUSTED too much waits; UNAVAILABLE no
-    generation is loaded or the server is shutting down; INTERNAL anything else, with an id that the server's log has too.
+    generation is loaded, or the server is draining or shutting down; INTERNAL anything else, with an id that the server's log has too.
     """
 
     def Classify(self, request, context):
@@ -78,6 +88,14 @@ class InferenceServiceServicer:
 
     def ClassifyTasks(self, request, context):
         """One image, several tasks or all of them; what their routes share is computed once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyStream(self, request_iterator, context):
+        """One question after another, answered in their order. Each is answered, and fails, by itself: the stream goes on, and the generation
+        may be another one from answer to answer. Of the messages of a stream, only so many are read before the first is answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +115,14 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTasks(self, request, context):
+        """The tasks that are served, and then what is different each time that another generation serves. Whoever reads slowly gets fewer
+        messages, each from what it was told last to what is served by then. Ends with UNAVAILABLE when the server shuts down or drains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +136,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=munet_dot_v1_dot_inference__pb2.ClassifyTasksRequest.FromString,
                     response_serializer=munet_dot_v1_dot_inference__pb2.ClassifyTasksResponse.SerializeToString,
             ),
+            'ClassifyStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyStream,
+                    request_deserializer=munet_dot_v1_dot_inference__pb2.ClassifyStreamRequest.FromString,
+                    response_serializer=munet_dot_v1_dot_inference__pb2.ClassifyStreamResponse.SerializeToString,
+            ),
             'ListTasks': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTasks,
                     request_deserializer=munet_dot_v1_dot_inference__pb2.ListTasksRequest.FromString,
@@ -119,6 +150,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetTask,
                     request_deserializer=munet_dot_v1_dot_inference__pb2.GetTaskRequest.FromString,
                     response_serializer=munet_dot_v1_dot_inference__pb2.GetTaskResponse.SerializeToString,
+            ),
+            'WatchTasks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTasks,
+                    request_deserializer=munet_dot_v1_dot_inference__pb2.WatchTasksRequest.FromString,
+                    response_serializer=munet_dot_v1_dot_inference__pb2.WatchTasksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,7 +169,7 @@ class InferenceService:
 
     Errors: NOT_FOUND an unknown task (the message names similar ones); INVALID_ARGUMENT no image, bytes that are no image, a wrong
     raw shape, too many images or pixels; DEADLINE_EXCEEDED, CANCELLED; RESOURCE_EXHAUSTED too much waits; UNAVAILABLE no
-    generation is loaded or the server is shutting down; INTERNAL anything else, with an id that the server's log has too.
+    generation is loaded, or the server is draining or shutting down; INTERNAL anything else, with an id that the server's log has too.
     """
 
     @staticmethod
@@ -191,6 +227,33 @@ class InferenceService:
             _registered_method=True)
 
     @staticmethod
+    def ClassifyStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/munet.v1.InferenceService/ClassifyStream',
+            munet_dot_v1_dot_inference__pb2.ClassifyStreamRequest.SerializeToString,
+            munet_dot_v1_dot_inference__pb2.ClassifyStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListTasks(request,
             target,
             options=(),
@@ -234,6 +297,33 @@ class InferenceService:
             '/munet.v1.InferenceService/GetTask',
             munet_dot_v1_dot_inference__pb2.GetTaskRequest.SerializeToString,
             munet_dot_v1_dot_inference__pb2.GetTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/munet.v1.InferenceService/WatchTasks',
+            munet_dot_v1_dot_inference__pb2.WatchTasksRequest.SerializeToString,
+            munet_dot_v1_dot_inference__pb2.WatchTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

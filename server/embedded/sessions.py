@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from google.protobuf.message import Message
 from onnx import TensorProto, helper
 
+from munet.runtime import onnxruntime
+from server.embedded.allocator import prepare_allocator
 from server.errors import DeviceError, SegmentLoadError, SettingsError
 from server.generation import Segment, TensorSpec, shapes_agree
 
@@ -63,6 +64,7 @@ def prepare_process(threads: int) -> None:
     """
     with _Process.lock:
         if not _Process.has_arena:
+            prepare_allocator()
             memory = onnxruntime.OrtMemoryInfo(
                 "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
             )
@@ -84,6 +86,7 @@ class SegmentSession:
     Args:
         segment: what to load.
         device: a key of `PROVIDERS`; `prepare_device` comes first.
+        is_inspected: whether this very segment was loaded before: then its checksum alone says that nothing is wrong inside.
 
     Attributes:
         segment: what was loaded.
@@ -94,9 +97,11 @@ class SegmentSession:
             device.
     """
 
-    def __init__(self, segment: Segment, device: str = "cpu") -> None:
+    def __init__(self, segment: Segment, device: str = "cpu", *, is_inspected: bool = False) -> None:
         self.segment = segment
         content = _read_model(segment)
+        if not is_inspected:
+            _inspect(segment, content)
         provider = PROVIDERS[device]
         try:
             # Of the bytes that were looked at: the file may be another by now.
@@ -232,7 +237,7 @@ def _session_options() -> Any:
 
 
 def _read_model(segment: Segment) -> bytes:
-    """Returns a segment's ONNX file, which is as published and names no other file.
+    """Returns a segment's ONNX file, which is as published.
 
     Raises:
         SegmentLoadError: it is not.
@@ -244,6 +249,15 @@ def _read_model(segment: Segment) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != segment.sha256:
         raise SegmentLoadError(segment.name, f"sha256 {digest}", f"sha256 {segment.sha256}, as published")
+    return content
+
+
+def _inspect(segment: Segment, content: bytes) -> None:
+    """Makes sure that an ONNX file names no other file.
+
+    Raises:
+        SegmentLoadError: it does, or is none.
+    """
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:
@@ -254,7 +268,6 @@ def _read_model(segment: Segment) -> bytes:
     if outside:
         found = f"{len(outside)} references to what is outside the file, such as {outside[0][:80]!r}"
         raise SegmentLoadError(segment.name, found, "an ONNX model with its weights inside")
-    return content
 
 
 def _references(message: Message) -> Iterator[str]:

@@ -8,13 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from munet.v1 import admin_pb2, inference_pb2
-from server.classification import TaskAnswer, TaskAnswers
-from server.engine import SegmentStatistics
+from server.canary import Canary, Label
+from server.classification import TaskAnswer, TaskAnswers, TaskChanges
+from server.engine import SegmentDistributions, SegmentStatistics
 from server.errors import ImageRefusedError
+from server.front_door.edge import Failure
 from server.generation import Generation, Task
+from server.histogram import Distribution
 from server.preprocessing import EncodedImage, RawImage, SentImage
 from server.reload import ReloadAttempt
+from server.task_counts import TaskCount
 from server.triton.fleet import EndpointReport, State
+
+_LABELS: dict[int, Label] = {inference_pb2.LABEL_STABLE: Label.STABLE, inference_pb2.LABEL_CANARY: Label.CANARY}
 
 _ENDPOINT_STATES = {
     State.JOINING: admin_pb2.ENDPOINT_STATE_JOINING,
@@ -74,6 +80,27 @@ def from_task_answers(answers: TaskAnswers, include_logits: bool) -> inference_p
     )
 
 
+def to_timeout_seconds(request: inference_pb2.ClassifyStreamRequest) -> float | None:
+    """Returns how long the answer to a question of a stream is of use; none if it does not say."""
+    return request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
+
+
+def from_stream_failure(
+    request: inference_pb2.ClassifyStreamRequest | None, failure: Failure
+) -> inference_pb2.ClassifyStreamResponse:
+    """Returns what answers a question of a stream that failed.
+
+    Args:
+        request: the question; none if the message was no such thing.
+        failure: what is told of it.
+    """
+    seconds = failure.retry_after_seconds
+    told = inference_pb2.Failure(
+        code=failure.status.value[0], message=failure.words, retry_delay=None if seconds is None else duration(seconds)
+    )
+    return inference_pb2.ClassifyStreamResponse(id=request.id if request else "", failure=told)
+
+
 def from_task(task: Task) -> inference_pb2.TaskInfo:
     """Returns what is told of a task."""
     return inference_pb2.TaskInfo(
@@ -87,7 +114,36 @@ def from_task(task: Task) -> inference_pb2.TaskInfo:
     )
 
 
-def from_segments(statistics: Iterable[SegmentStatistics], generation: Generation) -> list[admin_pb2.SegmentCounters]:
+def from_changes(changes: TaskChanges) -> inference_pb2.WatchTasksResponse:
+    """Returns what is different when another generation serves."""
+    return inference_pb2.WatchTasksResponse(
+        generation=changes.generation,
+        added=map(from_task, changes.added),
+        changed=map(from_task, changes.changed),
+        removed=changes.removed,
+        num_unchanged=changes.num_unchanged,
+    )
+
+
+def to_label(label: int) -> Label:
+    """Returns which generation a request wants to be answered by; any for what this server does not know."""
+    return _LABELS.get(label, Label.ANY)
+
+
+def from_canary(canary: Canary) -> admin_pb2.CanaryStatus:
+    """Returns what is to be said of a canary."""
+    return admin_pb2.CanaryStatus(
+        generation=canary.pointer.number,
+        percent=canary.pointer.percent,
+        percent_of_task=canary.pointer.percent_of_task,
+        refusal=canary.refusal,
+        num_requests=canary.num_requests,
+    )
+
+
+def from_segments(
+    statistics: Iterable[SegmentStatistics], generation: Generation, with_distributions: bool = False
+) -> list[admin_pb2.SegmentCounters]:
     """Returns the engine's counters, with what the serving generation knows of each segment."""
     tasks = _tasks_by_segment(generation)
     return [
@@ -99,9 +155,23 @@ def from_segments(statistics: Iterable[SegmentStatistics], generation: Generatio
             executions=segment.executions,
             tasks=tasks.get(segment.name, ()),
             num_parameters=generation.segments[segment.name].num_parameters if segment.name in generation.segments else 0,
+            distributions=_distributions(segment.distributions) if segment.distributions and with_distributions else None,
         )
         for segment in statistics
     ]
+
+
+def from_task_counts(name: str, count: TaskCount) -> admin_pb2.TaskCounters:
+    """Returns what a task was asked."""
+    return admin_pb2.TaskCounters(
+        name=name,
+        answered=count.num_answered,
+        images=count.num_images,
+        failed=count.failed,
+        latency=_distribution(count.latency.distribution()),
+        queue=_distribution(count.queue.distribution()),
+        compute=_distribution(count.compute.distribution()),
+    )
 
 
 def from_attempt(attempt: ReloadAttempt) -> admin_pb2.ReloadAttempt:
@@ -125,6 +195,20 @@ def from_endpoint(report: EndpointReport) -> admin_pb2.Endpoint:
         rows_in_flight=report.rows_in_flight,
         version=report.version,
     )
+
+
+def _distributions(of_segment: SegmentDistributions) -> admin_pb2.SegmentDistributions:
+    return admin_pb2.SegmentDistributions(
+        queue=_distribution(of_segment.queue_seconds),
+        compute=_distribution(of_segment.compute_seconds),
+        batch_rows=_distribution(of_segment.batch_rows),
+        batch_requests=_distribution(of_segment.batch_questions),
+        batch_tasks=_distribution(of_segment.batch_tasks),
+    )
+
+
+def _distribution(distribution: Distribution) -> admin_pb2.Distribution:
+    return admin_pb2.Distribution(bounds=distribution.bounds, counts=distribution.counts, sum=distribution.sum)
 
 
 def timestamp(moment: dt.datetime) -> timestamp_pb2.Timestamp:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -10,15 +12,16 @@ import grpc
 import grpc.aio
 
 from server.access import NOTHING, Grant, Role, set_grant
-from server.errors import AccessError, ForbiddenError, UnauthenticatedError
+from server.errors import AccessError, ForbiddenError, UnauthenticatedError, reason_of
+from server.front_door.call_book import CallBook
 from server.front_door.edge import Context
 from server.front_door.status import status_of
-from server.metrics import Metrics
 from server.tokens import TokenFile
 
 _READ = (
     "munet.v1.InferenceService/ListTasks",
     "munet.v1.InferenceService/GetTask",
+    "munet.v1.InferenceService/WatchTasks",
     "inference.GRPCInferenceService/ServerMetadata",
     "inference.GRPCInferenceService/ModelReady",
     "inference.GRPCInferenceService/ModelMetadata",
@@ -31,6 +34,7 @@ _READ = (
 _INFER = (
     "munet.v1.InferenceService/Classify",
     "munet.v1.InferenceService/ClassifyTasks",
+    "munet.v1.InferenceService/ClassifyStream",
     "inference.GRPCInferenceService/ModelInfer",
     "inference.GRPCInferenceService/ModelStreamInfer",
 )
@@ -58,12 +62,12 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
 
     Args:
         tokens: who may call.
-        metrics: where refusals are counted.
+        book: where refusals are entered.
     """
 
-    def __init__(self, tokens: TokenFile, metrics: Metrics) -> None:
+    def __init__(self, tokens: TokenFile, book: CallBook) -> None:
         self._tokens = tokens
-        self._metrics = metrics
+        self._book = book
 
     async def intercept_service(
         self,
@@ -99,8 +103,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
 
     def _refusal(self, method: str, error: AccessError) -> grpc.RpcMethodHandler[Any, Any]:
         async def refuse(_: Any, context: Context) -> AsyncIterator[bytes]:
-            self._count(method, error)
-            await context.abort(status_of(error), str(error))
+            await self._abort(context, method, error)
             yield b""
 
         # To the caller every kind of call looks alike, and of a stream gRPC receives nothing that nobody asks for.
@@ -116,9 +119,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
             return self._tokens.tokens.find(token) == grant
 
         async def end(context: Context) -> None:
-            error = UnauthenticatedError()
-            self._count(method, error)
-            await context.abort(status_of(error), str(error))
+            await self._abort(context, method, UnauthenticatedError())
 
         async def yielding(request: Any, context: Context) -> AsyncIterator[Any]:
             async for answer in behaviour(request, context):
@@ -127,8 +128,9 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
                 yield answer
 
         async def writing(request: Any, context: Context) -> None:
-            watched = _WatchedContext(context, is_valid)
-            await behaviour(request, watched)
+            watched = _WatchedContext(context, is_valid, handler.request_streaming)
+            with contextlib.suppress(UnauthenticatedError):
+                await behaviour(request, watched)
             if watched.is_over:
                 await end(context)
 
@@ -136,8 +138,11 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         return make(watched, handler.request_deserializer, handler.response_serializer)
 
-    def _count(self, method: str, error: AccessError) -> None:
-        self._metrics.count_call(method.removeprefix("munet.v1.").removeprefix("inference."), status_of(error).name, 0.0)
+    async def _abort(self, context: Context, method: str, error: AccessError) -> None:
+        short = method.removeprefix("munet.v1.").removeprefix("inference.")
+        opened = self._book.open(short, context.invocation_metadata() or ())
+        self._book.close(opened, status_of(error), reason_of(error))
+        await context.abort(status_of(error), str(error), opened.metadata)
 
 
 class _WatchedContext:
@@ -147,22 +152,42 @@ class _WatchedContext:
     Args:
         context: gRPC's.
         is_valid: whether the token still is.
+        has_messages: whether the handler learns of the end by reading; one that only writes is told by an error.
     """
 
-    def __init__(self, context: Context, is_valid: Callable[[], bool]) -> None:
+    def __init__(self, context: Context, is_valid: Callable[[], bool], has_messages: bool) -> None:
         self._context = context
         self._is_valid = is_valid
+        self._has_messages = has_messages
+        self._reading: asyncio.Future[Any] | None = None
         self.is_over = False
 
     async def read(self) -> Any:
         """Returns the next message, or gRPC's mark of the end."""
-        message = await self._context.read()
+        if self._ends():
+            return grpc.aio.EOF
+        self._reading = asyncio.ensure_future(self._context.read())
+        try:
+            message = await self._reading
+        except asyncio.CancelledError:
+            if self.is_over:
+                return grpc.aio.EOF
+            raise
         return grpc.aio.EOF if self._ends() else message
 
     async def write(self, message: Any) -> None:
-        """Sends an answer."""
+        """Sends an answer.
+
+        Raises:
+            UnauthenticatedError: the token is not valid any more, of a stream of answers.
+        """
         if not self._ends():
             await self._context.write(message)
+        elif not self._has_messages:
+            raise UnauthenticatedError
+        elif self._reading is not None:
+            # Its caller may send nothing more before it has this answer.
+            self._reading.cancel()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)

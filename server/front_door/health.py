@@ -30,6 +30,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._tasks: frozenset[str] = frozenset()
         self._serving = False
         self._paused = False
+        self._draining = False
         self._stopped = False
         self._ended = False
         self._changed = asyncio.Event()
@@ -46,6 +47,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             self._paused = is_paused
             self._notify()
 
+    def drain(self, is_draining: bool) -> None:
+        """Says that the server is taken out of service; or that it is back."""
+        self._draining = is_draining
+        self._notify()
+
     def stop(self) -> None:
         """Says, once and for all, that the server takes no more requests."""
         self._stopped = True
@@ -60,7 +66,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     @property
     def is_serving(self) -> bool:
         """Whether the server answers questions now."""
-        return self._serving and not self._paused
+        return self._serving and not self._paused and not self._draining
 
     def is_ready(self, task: str) -> bool:
         """Whether a task that exists for the caller is answered for now."""

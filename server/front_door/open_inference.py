@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -71,7 +70,7 @@ class OpenInferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # t
 
     async def ModelReady(self, request: Any, context: Context) -> Any:
         """Whether a task is answered for now; one that is not known is not ready."""
-        ready = self._health.is_ready(request.name) and request.version in ("", str(self._classifier.tasks()[0]))
+        ready = self._health.is_serving and self._classifier.answers(request.name, request.version)
         return service_pb2.ModelReadyResponse(ready=ready)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:
@@ -88,15 +87,14 @@ class OpenInferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # t
 
     async def ModelInfer(self, request: Any, context: Context) -> Any:
         """One task, one or more images."""
-        deadline_seconds = _earlier(deadline_of(context), tensors.to_timeout_seconds(request))
+        deadline_seconds = deadline_of(context, tensors.to_timeout_seconds(request))
         outputs = tensors.to_outputs(request)
-        _, task = self._classifier.task(request.model_name, request.model_version)
-        if tensors.is_slow(request):
-            images = await self._preprocessor.run(functools.partial(tensors.to_images, request, task, self._limits))
-        else:
-            images = tensors.to_images(request, task, self._limits)
         top_k = max(output.num_classes for output in outputs)
-        answer = await self._classifier.classify(task.name, images, top_k, deadline_seconds, request.model_version)
+        label = self._classifier.label_for_pixels(request.model_name)
+        with self._classifier.choose(request.model_name, label, request.model_version) as choice:
+            to_images = functools.partial(tensors.to_images, request, choice.task, self._limits)
+            images = await self._preprocessor.run(to_images, choice.task.name) if tensors.is_slow(request) else to_images()
+            answer = await self._classifier.ask(choice, images, top_k, deadline_seconds)
         return tensors.from_answer(answer, outputs, request.id)
 
     async def ModelStreamInfer(self, request: Any, context: Context) -> Any:
@@ -147,11 +145,3 @@ class OpenInferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # t
     CudaSharedMemoryUnregister = SystemSharedMemoryStatus
     TraceSetting = _refusing("setting of traces", "callers do not decide what is recorded", "see the server's own settings")
     LogSettings = _refusing("setting of logs", "callers do not decide what is recorded", "see `munet-server serve --log-level`")
-
-
-def _earlier(deadline_seconds: float | None, timeout_seconds: float | None) -> float | None:
-    """Returns a call's deadline, or when its timeout is over, whichever is first."""
-    if timeout_seconds is None:
-        return deadline_seconds
-    over_seconds = time.monotonic() + timeout_seconds
-    return over_seconds if deadline_seconds is None else min(deadline_seconds, over_seconds)

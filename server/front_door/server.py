@@ -15,9 +15,11 @@ from munet.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grp
 from server.config import ServerSettings
 from server.errors import SettingsError
 from server.front_door.doorkeeper import Doorkeeper
+from server.front_door.draining import Draining
 from server.front_door.edge import Edge
 from server.front_door.health import Health
 from server.front_door.open_inference import OPEN_INFERENCE_SERVICE, OpenInferenceServicer
+from server.front_door.others import OthersServices
 from server.front_door.servicers import AdminServicer, InferenceServicer
 from server.front_door.tls import Certificates
 
@@ -26,6 +28,7 @@ _log = logging.getLogger(__name__)
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 QUESTION_SERVICES = (INFERENCE_SERVICE, OPEN_INFERENCE_SERVICE)
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class FrontDoor:
@@ -38,6 +41,7 @@ class FrontDoor:
         admin: answers whoever operates the server.
         health: says what serves.
         edge: what every call passes.
+        draining: takes it all out of service.
         doorkeeper: who asks every call for its token first; none lets everybody in.
         certificates: of the two addresses, questions first; none of either means plain text.
     """
@@ -50,6 +54,7 @@ class FrontDoor:
         admin: AdminServicer,
         health: Health,
         edge: Edge,
+        draining: Draining,
         doorkeeper: Doorkeeper | None = None,
         certificates: tuple[Certificates | None, Certificates | None] = (None, None),
     ) -> None:
@@ -59,6 +64,7 @@ class FrontDoor:
         self._admin = admin
         self._health = health
         self._edge = edge
+        self._draining = draining
         self._doorkeeper = doorkeeper
         self._certificates = certificates
         self._servers: list[grpc.aio.Server] = []
@@ -78,8 +84,7 @@ class FrontDoor:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, administration)  # type: ignore[no-untyped-call]
         for server, services in ((questions, QUESTION_SERVICES), (administration, (ADMIN_SERVICE,))):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-            reflection.enable_server_reflection((*services, health_name, reflection.SERVICE_NAME), server)
+            reflection.enable_server_reflection((*services, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
         self._servers = [questions, administration]
         try:
             self.address = _bind(questions, "listen", self._settings.listen, self._certificates[0])
@@ -90,18 +95,14 @@ class FrontDoor:
         for server in self._servers:
             await server.start()
 
-    async def stop(self, drain_seconds: float, grace_seconds: float) -> None:
+    async def stop(self, grace_seconds: float) -> None:
         """Stops: health says so, then no new requests, then those in flight finish or are cancelled.
 
         Args:
-            drain_seconds: between health's word and the end of new requests.
             grace_seconds: for requests in flight.
         """
-        self._health.stop()
-        await asyncio.sleep(drain_seconds)
         # Calls and messages on open connections are refused in words from here on; gRPC refuses new connections itself.
-        self._edge.shut_down()
-        self._health.end_watches()
+        await self._draining.shut_down()
         await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
 
     def _new_server(self) -> grpc.aio.Server:
@@ -125,8 +126,8 @@ class FrontDoor:
             # Otherwise a second server on the same port would silently get half of the first one's calls.
             ("grpc.so_reuseport", 0),
         ]
-        asked = [self._edge] if self._doorkeeper is None else [self._doorkeeper, self._edge]
-        return grpc.aio.server(interceptors=asked, options=options)
+        asked = [self._edge, OthersServices(HEALTH_SERVICE, reflection.SERVICE_NAME)]
+        return grpc.aio.server(interceptors=asked if self._doorkeeper is None else [self._doorkeeper, *asked], options=options)
 
 
 def _bind(server: grpc.aio.Server, setting: str, address: str, certificates: Certificates | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 from server.errors import (
     AccessError,
@@ -10,6 +12,7 @@ from server.errors import (
     EndpointError,
     EngineClosedError,
     ForbiddenError,
+    NoCanaryError,
     NoEndpointError,
     OverloadedError,
     RepositoryError,
@@ -26,6 +29,7 @@ from server.errors import (
 STATUS_OF_ERROR: dict[type[ServerError], grpc.StatusCode] = {
     UnknownTaskError: grpc.StatusCode.NOT_FOUND,
     UnknownVersionError: grpc.StatusCode.NOT_FOUND,
+    NoCanaryError: grpc.StatusCode.NOT_FOUND,
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
     AccessError: grpc.StatusCode.UNAUTHENTICATED,
@@ -49,6 +53,9 @@ LOST_TEXT = (
 RETRY_KEY = "retry-after-ms"
 """Trailing metadata of RESOURCE_EXHAUSTED: when another try makes sense, in milliseconds."""
 
+DETAILS_KEY = "grpc-status-details-bin"
+"""Trailing metadata that all of gRPC's libraries know: a `google.rpc.Status`, here with a `google.rpc.RetryInfo` that says the same."""
+
 
 def status_of(error: BaseException) -> grpc.StatusCode:
     """Returns the status of an error; INTERNAL if the table does not have it."""
@@ -63,8 +70,21 @@ def words_of(error: BaseException) -> str:
     return LOST_TEXT if isinstance(error, EndpointError | NoEndpointError) else str(error)
 
 
-def trailing_metadata_of(error: BaseException) -> tuple[tuple[str, str], ...]:
+def retry_after_seconds_of(error: BaseException) -> float | None:
+    """Returns when another try makes sense after an error; None if nobody knows."""
+    return error.retry_after_seconds if isinstance(error, OverloadedError) else None
+
+
+def trailing_metadata_of(error: BaseException) -> tuple[tuple[str, str | bytes], ...]:
     """Returns what goes with an error beside its words."""
-    if isinstance(error, OverloadedError):
-        return ((RETRY_KEY, str(round(error.retry_after_seconds * 1000))),)
-    return ()
+    seconds = retry_after_seconds_of(error)
+    if seconds is None:
+        return ()
+    milliseconds = max(1, round(seconds * 1000))
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(milliseconds)
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    code: int = status_of(error).value[0]
+    status = status_pb2.Status(code=code, message=words_of(error), details=[detail])
+    return (RETRY_KEY, str(milliseconds)), (DETAILS_KEY, status.SerializeToString())

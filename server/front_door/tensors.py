@@ -20,6 +20,7 @@ from server.classification import SentImages, TaskAnswer, check_count
 from server.config import Limits
 from server.engine import SegmentStatistics
 from server.errors import InferenceRefusedError
+from server.front_door.edge import Failure
 from server.generation import Task
 from server.preprocessing import EncodedImage
 from server.task_counts import TaskCount
@@ -268,14 +269,14 @@ def to_streamed(response: Any) -> Any:
     return service_pb2.ModelStreamInferResponse(infer_response=response)
 
 
-def from_stream_failure(request: Any, words: str) -> Any:
+def from_stream_failure(request: Any, failure: Failure) -> Any:
     """Returns what answers a message of a stream that failed.
 
     Args:
         request: the ModelInferRequest; none if the message was no such thing.
-        words: why.
+        failure: what is told of it; of which the protocol has room for the words.
     """
-    response = service_pb2.ModelStreamInferResponse(error_message=words)
+    response = service_pb2.ModelStreamInferResponse(error_message=failure.words)
     response.infer_response.id = "" if request is None else request.id
     return response
 

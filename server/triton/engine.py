@@ -7,7 +7,6 @@ changes nothing, so what a Triton that died was asked is asked of another one.
 from __future__ import annotations
 
 import concurrent.futures
-import heapq
 import itertools
 import logging
 import threading
@@ -32,8 +31,9 @@ from server.errors import (
     ServerError,
     SettingsError,
 )
+from server.fairness import FairLine, VirtualTimes
 from server.generation import Generation
-from server.questions import OpenQuestions, Settlement, completion, settle_all
+from server.questions import OpenQuestions, Settlement, settle_all
 from server.triton.asking import filled_up
 from server.triton.endpoint import Access, Endpoint, segments_in, to_request
 from server.triton.fleet import EndpointReport, Fleet, Member, State
@@ -48,6 +48,9 @@ _STATISTICS_SECONDS = 1.0
 
 _LEAVE_SECONDS = 10.0
 """How long `close` waits for what the Tritons still compute."""
+
+_MOST_AHEAD_ROWS = 4096.0
+"""What a flow may have had more than others, in rows times segments, before it counts no more."""
 
 _PAUSE_SECONDS = 0.2
 """Between tries to find a first Triton, and what a probe usually does not take."""
@@ -76,7 +79,9 @@ class TritonEngine:
         self._loading = threading.Lock()
         self._numbers = itertools.count(1)
         self._questions = OpenQuestions(AskedQuestion, settings.engine, clock, self._ended)
-        self._waiting: list[tuple[float, int, Part]] = []
+        self._waiting: dict[int, Part] = {}
+        self._times = VirtualTimes(_MOST_AHEAD_ROWS)
+        self._line = FairLine(self._waiting, self._times)
         self._flights: set[Flight] = set()
         self._requested: dict[str, int] = {}
         self._closed = False
@@ -119,6 +124,11 @@ class TritonEngine:
                     self._fleet.loading = None
                     # Of a generation that was not loaded nothing is kept.
                     self._free_unused()
+
+    def check(self, generation: Generation, tasks: tuple[str, ...], num_images: int, deadline_seconds: float | None) -> None:
+        """Checks whether a question would be refused now. See `Engine.check`."""
+        with self._lock:
+            self._questions.check(self._fleet.loaded.get(generation), tasks, num_images, deadline_seconds)
 
     def answer(self, question: Question) -> concurrent.futures.Future[Logits]:
         """Starts to answer a question. See `Engine.answer`."""
@@ -257,7 +267,9 @@ class TritonEngine:
         return self._questions.admit(question, self._fleet.loaded.get(question.generation))
 
     def _enqueue(self, part: Part) -> None:
-        heapq.heappush(self._waiting, (part.opened.due_seconds, next(self._numbers), part))
+        number = next(self._numbers)
+        self._waiting[number] = part
+        self._line.add(number, part.opened.tree.flow, part.opened.due_seconds)
 
     def _wake(self) -> None:
         with self._lock:
@@ -290,8 +302,8 @@ class TritonEngine:
         flights: list[Flight] = []
         settlements: list[Settlement] = []
         now = self._clock()
-        while self._waiting:
-            part = self._waiting[0][2]
+        while (number := self._line.first()) is not None:
+            part = self._waiting[number]
             opened = part.opened
             question = opened.question
             if opened in self._questions:
@@ -303,6 +315,8 @@ class TritonEngine:
                         member = min(able, key=lambda member: member.num_rows)
                         if member.num_rows and member.num_rows + part.count > self._settings.max_rows_in_flight:
                             break
+                        self._times.reach(opened.tree.flow)
+                        self._times.charge(opened.tree.flow, part.count * opened.tree.num_branches)
                         flight = Flight(part, member, member.life)
                         member.num_rows += part.count
                         self._flights.add(flight)
@@ -311,7 +325,8 @@ class TritonEngine:
                         settlements += self._questions.fail(
                             opened.number, NoEndpointError(question.tasks, self._fleet.troubles())
                         )
-            heapq.heappop(self._waiting)
+            del self._waiting[number]
+            self._line.leave()
         return flights, settlements
 
     def _send(self, flight: Flight) -> None:
@@ -381,8 +396,7 @@ class TritonEngine:
                 return self._questions.fail(opened.number, SegmentRunError(segment, "logits that are no numbers"))
         for task, values in rows.items():
             if opened.put(task, part.first, values):
-                self._questions.end(opened)
-                return [completion(opened)]
+                return [self._questions.complete(opened)]
         return []
 
     def _retry(self, flight: Flight, error: ServerError) -> list[Settlement]:

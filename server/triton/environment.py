@@ -85,7 +85,9 @@ class TritonEnvironment:
         libraries = [str(self._packages / "nvidia_pytriton.libs"), self.library_folder]
         # The processes of the Python backend find their packages by the first Python on the path.
         search = [str(self.folder / "bin"), variables.get("PATH", os.defpath)]
-        return variables | {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "PATH": os.pathsep.join(search)}
+        # As munet.runtime says; set here, segments need not change the environment of a process that has threads already.
+        quiet = {"ORT_DISABLE_TELEMETRY": variables.get("ORT_DISABLE_TELEMETRY", "1")}
+        return variables | quiet | {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "PATH": os.pathsep.join(search)}
 
     def refresh(self) -> None:
         """Brings the `onnxruntime` backend to the state of this package, which may be newer than the environment."""

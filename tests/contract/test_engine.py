@@ -13,6 +13,7 @@ import pytest
 
 from server.embedded.carriers import DeviceCarrier
 from server.embedded.engine import EmbeddedEngine
+from server.embedded.memory import SESSION_BYTES
 from server.engine import Engine, Question
 from server.errors import DeadlineError, EngineClosedError, NotLoadedError, SegmentLoadError, SegmentRunError
 from server.generation import Generation
@@ -24,6 +25,10 @@ from tests.support.triton import triton_settings
 
 EMBEDDED: dict[str, Callable[[], Engine]] = {
     "embedded": lambda: EmbeddedEngine(ENGINE),
+    # Room for the longest route, and no more: nearly every question has something loaded, and something else go.
+    "embedded, within a limit of memory": lambda: EmbeddedEngine(
+        ENGINE.model_copy(update={"memory_limit_bytes": 4 * (SESSION_BYTES + 8192), "workers": 2})
+    ),
     # What runs on a GPU, on the device that every machine has.
     "embedded, device values on the cpu": lambda: EmbeddedEngine(ENGINE, carrier=DeviceCarrier("cpu")),
     "embedded, cuda": lambda: EmbeddedEngine(ENGINE.model_copy(update={"device": "cuda", "workers": 2})),

@@ -27,6 +27,7 @@ from tests.support.documentation import (
     make_hub_cache,
     pages,
     publish_first_tasks,
+    publish_second_tasks,
     replace_numbers,
 )
 from tests.support.processes import TOP
@@ -79,9 +80,18 @@ def _walk(page: str, folder: pathlib.Path, hub_cache: pathlib.Path, python: path
     if faults:
         raise PageError("\n".join(faults))
     with Stranger(folder, hub_cache, python) as stranger:
-        if page in ("docs/triton.md", "docs/open-inference.md", "docs/security.md"):
+        if page in (
+            "docs/triton.md",
+            "docs/open-inference.md",
+            "docs/operations.md",
+            "docs/releases.md",
+            "docs/security.md",
+            "docs/client.md",
+        ):
             # They go on where another page ends, which takes its time.
             publish_first_tasks(folder / "model_repository")
+        if page == "docs/releases.md":
+            publish_second_tasks(folder / "model_repository")
         for block in found:
             stranger.run(block)
 

@@ -546,3 +546,21 @@ def test_the_same_baseline_twice_at_once_is_refused(folder, monkeypatch, capsys)
     with System.open(folder / "system").locks.comparing("finetune", "colours"):
         assert _main(monkeypatch, *command) == 2
     assert "found another process at work on the baseline finetune of task 'colours'" in capsys.readouterr().err
+
+
+def test_a_gpu_that_fails_is_said_in_words_and_other_errors_are_not_swallowed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: str) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(cli, "app", lambda: fail("CUDA error: an illegal memory access was encountered\nCompile with ..."))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "found CUDA error: an illegal memory access was encountered; expected a device that computes" in said
+    assert "run the same command again" in said
+    monkeypatch.setattr(cli, "app", lambda: fail("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main()

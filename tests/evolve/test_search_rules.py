@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,10 +11,9 @@ import pytest
 from evolve.closing import ActiveTask
 from evolve.config import DefaultSettings, SearchSettings, TrainingSettings
 from evolve.documents import TaskRecord
-from evolve.errors import DamagedError, SettingsError, SystemFolderError, TrainerError
-from evolve.generation import ChildResult, PackResult
+from evolve.errors import DamagedError
 from evolve.hyperparameters import DATA_NAMES, Group, Hyperparameters, tunables
-from evolve.journal import Journal, Record, read_journal
+from evolve.journal import Record, read_journal
 from evolve.layer import HEAD, NORM, POS_EMBED, block_position
 from evolve.mutation import select_tunables, step_hyperparameters
 from evolve.sampling import derive_generator
@@ -26,30 +22,14 @@ from evolve.snapshot import Snapshot
 from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, QuietObserver, derive_path, tiny_root
-
-PLAN = SearchPlan(
-    5,
-    DefaultSettings(learning_rate=0.05, crop_area_min=0.2),
-    SearchSettings(
-        rounds=2, children_per_task=24, generation_size=8, mutation_rate=0.3, auto_tune=True, scale_factor=0.5, max_seeds=3
-    ),
-    TrainingSettings(batch_size=8, intervals=3),
-)
-NAMES = ("a", "b", "c")
-
-
-def _run(system: System, names=NAMES, plan=PLAN, trainer=None, **task) -> FakeTrainer:
-    trainer = trainer or FakeTrainer()
-    tasks = [(ActiveTask(name, ("x", "y", "z"), 50, "f", **task), lambda: trainer) for name in names]
-    run_rounds(system, tasks, plan, QuietObserver())
-    return trainer
+from tests.support.full_search import NAMES, PLAN, run, unscaled_plan
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[System, FakeTrainer]:
     """Three tasks, two rounds; the root's native grid is not that of the experiment's images."""
     system = System.create(tmp_path_factory.mktemp("searched") / "system", tiny_root(grid=3), 48)
-    return system, _run(system)
+    return system, run(system)
 
 
 def _journals(system: System) -> Iterator[tuple[str, int, list[Record]]]:
@@ -298,7 +278,7 @@ def test_a_parent_is_the_nearest_ancestor_that_is_still_current(tmp_path):
         system = System.create(tmp_path / str(seed), tiny_root(), 32)
         plan = SearchPlan(seed, PLAN.defaults, PLAN.search.model_copy(update={"rounds": 1, "mutation_rate": 0.1}), PLAN.training)
         for name in NAMES:
-            _run(system, [name], plan, FakeTrainer(quality=lambda plan, child: (plan.index + 1) / 4 + child.index / 1000))
+            run(system, [name], plan, FakeTrainer(quality=lambda plan, child: (plan.index + 1) / 4 + child.index / 1000))
             record = system.tasks()[name]
             current = {other.path_id for other in system.tasks().values() if other.name != name} | {system.root.id}
             ancestor = system.path(record.path_id).parent_id
@@ -311,21 +291,16 @@ def test_a_parent_is_the_nearest_ancestor_that_is_still_current(tmp_path):
     assert deep > 0, "no winner had a dropped parent and a seed other than the root above it"
 
 
-def _plan(**search) -> SearchPlan:
-    """PLAN without scale control, so that quality alone decides."""
-    return SearchPlan(PLAN.seed, PLAN.defaults, PLAN.search.model_copy(update={"scale_factor": 1.0, **search}), PLAN.training)
-
-
 def _only_from(parent_id: str, otherwise: float = 0.1):
     return FakeTrainer(quality=lambda _, child: 0.9 if child.parent_id == parent_id else otherwise)
 
 
 def _chain(system: System) -> None:
     """root -> a -> b -> c."""
-    one_round = _plan(rounds=1)
-    _run(system, ["a"], one_round, _only_from(system.root.id))
-    _run(system, ["b"], one_round, _only_from(system.tasks()["a"].path_id))
-    _run(system, ["c"], one_round, _only_from(system.tasks()["b"].path_id))
+    one_round = unscaled_plan(rounds=1)
+    run(system, ["a"], one_round, _only_from(system.root.id))
+    run(system, ["b"], one_round, _only_from(system.tasks()["a"].path_id))
+    run(system, ["c"], one_round, _only_from(system.tasks()["b"].path_id))
     records = system.tasks()
     assert [records[name].parent_id for name in NAMES] == [system.root.id, records["a"].path_id, records["b"].path_id]
 
@@ -334,7 +309,7 @@ def test_children_of_a_replaced_path_go_to_its_own_parent(tmp_path):
     system = System.create(tmp_path / "system", tiny_root(), 32)
     _chain(system)
     a = system.tasks()["a"].path_id
-    _run(system, ["b"], _plan(), FakeTrainer(quality=lambda _, child: 1.0 if child.parent_id == system.root.id else 0.0))
+    run(system, ["b"], unscaled_plan(), FakeTrainer(quality=lambda _, child: 1.0 if child.parent_id == system.root.id else 0.0))
     assert system.tasks()["b"].parent_id == system.root.id
     assert system.tasks()["c"].parent_id == a
     assert verify(system) == []
@@ -356,7 +331,7 @@ def test_a_task_that_became_private_supplies_no_layers_to_those_that_descend_fro
             system.put_task(
                 TaskRecord(path.task or "", path.id, parent_id, 0, 1, order, is_private, labels, 0.5, None, examples, "f", {})
             )
-        trainer = _run(system, ["d"], _plan(rounds=1, children_per_task=64))
+        trainer = run(system, ["d"], unscaled_plan(rounds=1, children_per_task=64))
         taken = {layer.source for plan in trainer.plans for child in plan.children for layer in child.layers if layer.source}
         assert (a.layer(block_position(2)) in taken) == (not private)
 
@@ -370,219 +345,7 @@ def test_siblings_that_train_alike_are_one_path(tmp_path):
         SearchSettings(rounds=1, children_per_task=24, generation_size=8, mutation_rate=0.0),
         TrainingSettings(),
     )
-    _run(system, ["a"], plan)
+    run(system, ["a"], plan)
     _, _, results = _parts(read_journal(system.journal_file("a", 0)))
     ids = [row["path_id"] for row in results.values()]
     assert len(set(ids)) < len(ids)
-
-
-class Killed(Exception):
-    pass
-
-
-def _without_seconds(system: System) -> list[Record]:
-    rows = []
-    for file in sorted((system.folder / "journal").glob("*.jsonl")):
-        for record in read_journal(file):
-            row = json.loads(json.dumps(record))
-            for part in (row, *row.get("children", [])):
-                for name in ("seconds", "crc32", "system"):
-                    part.pop(name, None)
-            rows.append(row)
-    return rows
-
-
-def test_killed_at_any_write_a_search_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    plan = SearchPlan(
-        3,
-        DefaultSettings(),
-        SearchSettings(rounds=2, children_per_task=4, generation_size=2, mutation_rate=0.3, auto_tune=True, max_seeds=3),
-        TrainingSettings(),
-    )
-
-    def newest_seed_wins(generation, child):
-        return 0.5 * generation.round + (0.4 if generation.index == child.index == 0 else 0.1)
-
-    whole = System.create(tmp_path / "whole", tiny_root(), 32)
-    _run(whole, plan=plan, trainer=FakeTrainer(quality=newest_seed_wins))
-    expected = (_without_seconds(whole), whole.tasks())
-    # First root -> a -> b -> c, then a new a below c: b, whose parent was replaced, is handed on.
-    first_a = read_journal(whole.journal_file("a", 0))[-1]["path_id"]
-    assert whole.path(read_journal(whole.journal_file("b", 0))[-1]["path_id"]).parent_id == first_a
-    assert first_a != whole.tasks()["a"].path_id
-    write, append = System._write, Journal.append
-    killed_after = 0
-    for deadly in itertools.count():
-        left = [deadly]
-
-        def count(left=left) -> None:
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-
-        def counted_write(self, target, data, count=count):
-            count()
-            write(self, target, data)
-
-        def counted_append(self, kind, fields, count=count):
-            count()
-            return append(self, kind, fields)
-
-        system = System.create(tmp_path / f"killed-{deadly}", tiny_root(), 32)
-        with monkeypatch.context() as patch:
-            patch.setattr(System, "_write", counted_write)
-            patch.setattr(Journal, "append", counted_append)
-            try:
-                _run(system, plan=plan, trainer=FakeTrainer(quality=newest_seed_wins))
-            except Killed:
-                killed_after += 1
-            else:
-                break
-        _run(System.open(system.folder), plan=plan, trainer=FakeTrainer(quality=newest_seed_wins))
-        assert (_without_seconds(system), system.tasks()) == expected, f"killed before write {deadly}"
-        assert verify(system) == []
-    assert killed_after > 50
-
-
-def test_a_disk_that_is_full_at_any_write_leaves_all_whole_and_the_search_goes_on(tmp_path, monkeypatch):
-    plan = SearchPlan(
-        3,
-        DefaultSettings(),
-        SearchSettings(rounds=1, children_per_task=4, generation_size=2, mutation_rate=0.3),
-        TrainingSettings(),
-    )
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    whole = System.create(tmp_path / "whole", tiny_root(), 32)
-    _run(whole, ["a", "b"], plan)
-    expected = (_without_seconds(whole), whole.tasks())
-    write = os.write
-    num_failures = 0
-    # Every fifth: writes come in twos, so that each kind of them is met.
-    for room in itertools.count(step=5):
-        folder = tmp_path / f"full-{room}"
-        left = [room]
-
-        def use_room(left=left) -> None:
-            if left[0] <= 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left[0] -= 1
-
-        def write_some(descriptor, data, use_room=use_room):
-            try:
-                use_room()
-            except OSError:
-                write(descriptor, data[: len(data) // 2])
-                raise
-            return write(descriptor, data)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("os.fsync", lambda _, use_room=use_room: use_room())
-            patch.setattr("os.write", write_some)
-            try:
-                system = System.open(folder) if System.exists(folder) else System.create(folder, tiny_root(), 32)
-                _run(system, ["a", "b"], plan)
-                break
-            except SystemFolderError as error:
-                said = str(error)
-        num_failures += 1
-        assert str(folder) in said
-        assert "(No space left on device); expected a writable folder with free space" in said
-        assert not list(folder.rglob("*.part"))
-        assert all(file.read_bytes()[-1:] in (b"", b"\n") for file in folder.rglob("*.jsonl")), "a torn line was left"
-        system = System.open(folder) if System.exists(folder) else System.create(folder, tiny_root(), 32)
-        assert verify(system) == []
-        _run(system, ["a", "b"], plan)
-        assert (_without_seconds(system), system.tasks()) == expected, f"full after {room} writes"
-    assert num_failures > 20
-
-
-def test_what_killed_processes_left_half_written_goes_when_a_search_opens(tmp_path):
-    system = System.create(tmp_path / "system", tiny_root(), 32)
-    _run(system, ["a"], _plan(rounds=1))
-    for folder in (system.folder, *(entry for entry in system.folder.rglob("*") if entry.is_dir())):
-        if folder.name not in ("locks", "journal", "layers"):
-            (folder / ".file.0123.part").write_bytes(b"half")
-    assert len(list(system.folder.rglob("*.part"))) > 5
-    _run(system, ["b"], _plan(rounds=1))
-    assert not list(system.folder.rglob(".*.part"))
-
-
-def test_a_search_begun_on_another_device_is_not_gone_on_with(tmp_path):
-    system = System.create(tmp_path / "system", tiny_root(), 32)
-
-    class Mortal(FakeTrainer):
-        def train(self, plan):
-            yield next(super().train(plan))
-            raise Killed
-
-    with pytest.raises(Killed):
-        _run(system, ["a"], trainer=Mortal())
-    other = FakeTrainer()
-    other.versions = {"device": "cuda"}
-    with pytest.raises(SettingsError, match="trainer.device = 'none' then and 'cuda' now"):
-        _run(system, ["a"], trainer=other)
-
-
-def test_the_snapshot_is_taken_while_nobody_publishes(tmp_path, monkeypatch):
-    """A publication between two reads would show a parent that is no longer current; reading paths, which stay, holds up nobody."""
-    system = System.create(tmp_path / "system", tiny_root(), 32)
-    _run(system, ["a"])
-
-    def held(name: str) -> bool:
-        import fcntl
-
-        with (system.folder / "locks" / f"{name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-
-    found = {}
-
-    def watched(name: str, inner):
-        def look(*arguments):
-            found.setdefault(name, (held("tasks"), held("files")))
-            return inner(*arguments)
-
-        return look
-
-    monkeypatch.setattr(System, "tasks", watched("records", System.tasks))
-    monkeypatch.setattr(Snapshot, "of", staticmethod(watched("paths", Snapshot.of)))
-    _run(system, ["b"])
-    assert found == {"records": (True, True), "paths": (False, True)}
-
-
-class ForgetfulTrainer(FakeTrainer):
-    """Leaves out what it is told to."""
-
-    def __init__(self, *, child: bool) -> None:
-        super().__init__()
-        self.forgets_child = child
-
-    def train(self, plan):
-        packs = list(super().train(plan))
-        if self.forgets_child:
-            packs = packs[:-1]
-        else:
-            first = packs[0].children[0]
-            packs[0] = PackResult((ChildResult(**{**first.__dict__, "trained": {}}),))
-        yield from packs
-
-
-@pytest.mark.parametrize(("child", "message"), [(True, "7 results"), (False, "no weights of head of child 0")])
-def test_a_trainer_that_breaks_its_promises_is_told_so(tmp_path, child, message):
-    system = System.create(tmp_path / "system", tiny_root(), 32)
-    with pytest.raises(TrainerError, match=message):
-        _run(system, ["a"], trainer=ForgetfulTrainer(child=child))
-
-
-def test_a_parent_that_is_not_current_is_damage(tmp_path):
-    system = System.create(tmp_path / "system", tiny_root(), 32)
-    _run(system, ["a"])
-    file = system.folder / "tasks" / "a.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "parent_id": "0" * 32}))
-    assert any("parent of task 'a'" in finding for finding in verify(system))
-    with pytest.raises(DamagedError, match="current for no task"):
-        _run(system, ["b"])

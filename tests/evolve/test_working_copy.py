@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
-import fcntl
 import itertools
 import json
 import pathlib
-import shutil
-import subprocess
 
 import pytest
 
 from evolve import objects, working_copy
 from evolve.collecting import Kind, collect
-from evolve.errors import ConflictError, DamagedError, StoreError, SystemFolderError
+from evolve.errors import ConflictError, DamagedError, SystemFolderError
 from evolve.journal import read_journal
 from evolve.lineage import lineage_hash
 from evolve.store import System
 from evolve.verification import verify
 from tests.support.fake_trainer import FakeTrainer, tiny_root
 from tests.support.jobs import Jobs
-from tests.support.searches import Killed, MortalTrainer, evolve_tasks, small_plan
+from tests.support.searches import SHORT_PLAN, InterruptedTrainer, Killed, MortalTrainer, evolve_tasks, small_plan
 from tests.support.stores import BUCKET, flaky_proxy, machine, s3_server, use_s3
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 
 _count = itertools.count()
-
-PLAN = small_plan(rounds=2, children_per_task=4)
-"""A short one, where it is not the search that is tried."""
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +55,8 @@ def here(tmp_path):
 
 
 def test_a_search_in_a_store_is_the_search_in_a_folder(any_url, here, tmp_path):
-    expected = evolve_tasks(tmp_path / "folder", plan=PLAN)
-    system = evolve_tasks(any_url, plan=PLAN)
+    expected = evolve_tasks(tmp_path / "folder", plan=SHORT_PLAN)
+    system = evolve_tasks(any_url, plan=SHORT_PLAN)
     assert lineage_hash(system) == lineage_hash(expected)
     assert system.location == any_url
     with machine(tmp_path / "there"):
@@ -98,27 +91,6 @@ def test_two_machines_that_take_turns_at_random_moments(url, here, tmp_path):
                 assert lineage_hash(evolve_tasks(url)) == expected
 
 
-class _Interrupted(FakeTrainer):
-    """Lets something else happen before its n-th child."""
-
-    def __init__(self, before: int, happens) -> None:
-        super().__init__()
-        self._before = before
-        self._happens = happens
-
-    def train(self, plan):
-        for pack in super().train(plan):
-            if self._before == 0:
-                self._happens()
-            self._before -= 1
-            yield pack
-
-    def examine(self, path):
-        if self._before == 0:
-            self._happens()
-        return super().examine(path)
-
-
 @pytest.fixture
 def told(here, tmp_path):
     """Has another machine do a round while this one is at it, and checks who wins, and what the other is told."""
@@ -131,7 +103,7 @@ def told(here, tmp_path):
                 evolve_tasks(url, "b", plan=plan, trainer=FakeTrainer(test_accuracy=0.25))
 
         with pytest.raises(ConflictError, match="another machine has gone on with journal/b-0001 of .*run again") as told:
-            evolve_tasks(url, "b", plan=plan, trainer=_Interrupted(before, other_machine))
+            evolve_tasks(url, "b", plan=plan, trainer=InterruptedTrainer(before, other_machine))
         kept = next(here.glob("*/journal/removed/b-0001.*.jsonl"))
         assert str(kept) in str(told.value)
         system = System.open(url)
@@ -165,7 +137,7 @@ def test_a_machine_whose_search_was_taken_over_is_told_even_if_its_number_is_fre
         with machine(tmp_path / "there"):
             evolve_tasks(url, "a", plan=small_plan(rounds=1))
 
-    trainer = _Interrupted(1, taken_over)
+    trainer = InterruptedTrainer(1, taken_over)
     with pytest.raises(ConflictError):
         evolve_tasks(url, "a", plan=small_plan(rounds=1), trainer=trainer)
     assert trainer._before == -1, "it trained on"
@@ -198,7 +170,7 @@ def test_two_tasks_published_at_once_start_from_what_was_there(url, here, tmp_pa
             evolve_tasks(url, "c", plan=small_plan(rounds=1))
             evolve_tasks(url, "a")
 
-    system = evolve_tasks(url, "b", plan=small_plan(rounds=1), trainer=_Interrupted(2, other_machine))
+    system = evolve_tasks(url, "b", plan=small_plan(rounds=1), trainer=InterruptedTrainer(2, other_machine))
     opened = read_journal(system.journal_file("b", 0))[0]
     assert [row["name"] for row in opened["snapshot"]] == ["a"]
     records = system.tasks()
@@ -237,7 +209,7 @@ def test_a_task_removed_while_another_machine_evolves_it(url, here, tmp_path):
                 system.remove_task("a")
 
     with pytest.raises(ConflictError):
-        evolve_tasks(url, "a", trainer=_Interrupted(3, removed))
+        evolve_tasks(url, "a", trainer=InterruptedTrainer(3, removed))
     assert System.open(url).tasks() == {}
 
 
@@ -284,74 +256,6 @@ def test_what_was_altered_in_the_store_is_found_and_never_taken(url, here, tmp_p
         assert not list(folder.rglob(f"{layer}.*"))
 
 
-def test_another_system_at_the_same_url_is_not_mixed_with_the_earlier_one(tmp_path, here):
-    url = (tmp_path / "store").as_uri()
-    evolve_tasks(url, "a", plan=small_plan(rounds=1))
-    (tmp_path / "store").rename(tmp_path / "moved")
-    with pytest.raises(SystemFolderError, match=r"found no system in file:.* any more"):
-        evolve_tasks(url, "a")
-    with machine(tmp_path / "there"):
-        evolve_tasks(url, "b", plan=small_plan(rounds=1))
-    with pytest.raises(SystemFolderError, match="a working copy of system .*remove that folder"):
-        System.open(url)
-
-
-def test_a_store_and_a_folder_are_not_taken_for_one_another(tmp_path, here):
-    evolve_tasks(tmp_path / "folder", "a", plan=small_plan(rounds=1))
-    evolve_tasks((tmp_path / "store").as_uri(), "a", plan=small_plan(rounds=1))
-    for location in (tmp_path / "store", (tmp_path / "folder").as_uri()):
-        with pytest.raises(SystemFolderError, match="a system in a store is opened by a URL"):
-            System.open(location)
-
-
-def test_a_store_that_is_not_there_or_not_for_us(server, here, tmp_path, monkeypatch):
-    use_s3(monkeypatch, server)
-    with pytest.raises(SystemFolderError, match=f"found no system in s3://{BUCKET}/none"):
-        System.open(f"s3://{BUCKET}/none")
-    with pytest.raises(StoreError, match="could not use s3://no-such-bucket/a .*bucket does not exist"):
-        System.create("s3://no-such-bucket/a", tiny_root(), 32)
-    with pytest.raises(StoreError, match=r"three slashes"):
-        System.open("file://relative/folder")
-    with pytest.raises(StoreError, match=r"other processes"):
-        System.open("memory://a")
-    with pytest.raises(StoreError, match=r"could not use odd://a"):
-        System.open("odd://a")
-    with pytest.raises(StoreError, match=r"found no package for gs://a .*gcsfs"):
-        System.open("gs://a")
-
-
-def test_without_credentials_nobody_waits(server, here, monkeypatch):
-    use_s3(monkeypatch, server)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    monkeypatch.setenv("MUNET_STORE_PATIENCE", "600")
-    with pytest.raises(StoreError, match="credentials"):
-        System.create(f"s3://{BUCKET}/without-{next(_count)}", tiny_root(), 32)
-
-
-def test_without_its_package_a_store_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    with pytest.raises(StoreError, match=r"pip install '.\[s3\]'"):
-        System.open("s3://a/b")
-
-
-def test_a_store_that_replaces_what_is_there_is_refused(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(objects._Folder, "create", lambda self, name, data: self.put(name, data) or True)
-    with pytest.raises(StoreError, match="conditional writes"):
-        System.create((tmp_path / "store").as_uri(), tiny_root(), 32)
-
-
-def test_a_store_that_refuses_a_clock_that_is_off_says_so_at_once(server, here, monkeypatch):
-    with flaky_proxy(server) as (address, faults):
-        use_s3(monkeypatch, address)
-        faults.is_skewed = True
-        monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("no waiting mends a clock"))
-        with pytest.raises(StoreError, match=r"(Forbidden|is too large).*the clock of this machine"):
-            System.open(f"s3://{BUCKET}/skewed")
-
-
 def test_two_processes_of_a_machine_fetch_each_layer_once(server, here, tmp_path, monkeypatch):
     """They open a system at the same moment, with a working copy that has nothing yet."""
     with contextlib.ExitStack() as stack:
@@ -370,189 +274,6 @@ def test_two_processes_of_a_machine_fetch_each_layer_once(server, here, tmp_path
         layers = {f"{layer}.safetensors" for layer in system.root.layer_ids}
         assert fetched == dict.fromkeys([*layers, f"{system.root.id}.json"], 1)
         assert {file.name for file in there.rglob("*.safetensors")} == layers
-
-
-def test_through_a_proxy_that_loses_requests_and_answers_the_search_is_the_same(server, here, tmp_path, monkeypatch):
-    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=PLAN))
-    with flaky_proxy(server) as (address, faults):
-        use_s3(monkeypatch, address)
-        monkeypatch.setattr(objects.time, "sleep", lambda _: None)
-        url = f"s3://{BUCKET}/{next(_count)}"
-        faults.share = 0.1
-        system = evolve_tasks(url, plan=PLAN)
-        assert lineage_hash(system) == expected
-        assert faults.num_failed > 10
-        faults.share = 0.0
-        assert verify(system) == []
-
-
-def test_a_folder_that_is_not_mounted_for_a_while(tmp_path, here, monkeypatch, caplog):
-    store = tmp_path / "mount" / "store"
-    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
-
-    def unmounted():
-        store.parent.rename(tmp_path / "away")
-
-    waits = []
-
-    def mounted_again(seconds):
-        waits.append(seconds)
-        if len(waits) == 3:
-            (tmp_path / "away").rename(store.parent)
-
-    monkeypatch.setattr(objects.time, "sleep", mounted_again)
-    store.parent.mkdir()
-    system = evolve_tasks(store.as_uri(), "ab", plan=small_plan(rounds=1), trainer=_Interrupted(2, unmounted))
-    assert waits == [1.0, 2.0, 4.0]
-    assert f"{store.as_uri()} does not answer (EHOSTDOWN" in caplog.text
-    assert lineage_hash(system) == expected
-
-
-def test_a_folder_that_is_not_mounted_when_it_is_looked_at_is_not_taken_for_an_empty_one(tmp_path, here, monkeypatch):
-    store = tmp_path / "mount"
-    evolve_tasks(store.as_uri(), "a", plan=PLAN)
-    with machine(tmp_path / "there"):
-        system = System.open(store.as_uri())
-        looks = (
-            lambda: system.pull() or system.tasks()["a"].rounds == 2,
-            lambda: system._objects.has("tasks/a/2.json"),
-            lambda: system.path_document(system.tasks()["a"].path_id),
-        )
-        waits = []
-
-        def mounted_again(seconds):
-            waits.append(seconds)
-            store.rmdir()
-            (tmp_path / "away").rename(store)
-
-        monkeypatch.setattr(objects.time, "sleep", mounted_again)
-        for number, look in enumerate(looks, start=1):
-            store.rename(tmp_path / "away")
-            store.mkdir()
-            assert look()
-            assert len(waits) == number
-
-
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, here, monkeypatch):
-    system = evolve_tasks((tmp_path / "store").as_uri(), "a", plan=PLAN)
-    scans, waits = [], []
-
-    def stale(folder, scandir=objects.os.scandir):
-        scans.append(folder)
-        if len(scans) == 1:
-            raise OSError(errno.ESTALE, "Stale file handle", folder)
-        return scandir(folder)
-
-    monkeypatch.setattr(objects.os, "scandir", stale)
-    monkeypatch.setattr(objects.time, "sleep", waits.append)
-    system.pull()
-    assert list(system.tasks()) == ["a"]
-    assert waits == [1.0]
-
-
-def test_a_share_needs_no_locks(tmp_path, here, monkeypatch):
-    """Some have none."""
-    store = tmp_path / "store"
-
-    def flock(descriptor, mode, locked=fcntl.flock):
-        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        if pathlib.Path(f"/proc/self/fd/{number}").readlink().is_relative_to(store):
-            raise OSError(errno.ENOLCK, "No locks available")
-        locked(descriptor, mode)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert list(evolve_tasks(store.as_uri(), "a", plan=PLAN).tasks()) == ["a"]
-    assert not [file for file in store.rglob(".*") if file.is_file()]
-
-
-def test_a_journal_that_was_taken_out_of_the_store_is_put_there_again(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("nobody has it"))
-    store = tmp_path / "store"
-    with pytest.raises(Killed):
-        evolve_tasks(store.as_uri(), "a", trainer=MortalTrainer(5))
-    shutil.rmtree(store / "journal")
-    trainer = FakeTrainer()
-    system = evolve_tasks(store.as_uri(), "a", trainer=trainer)
-    assert lineage_hash(system) == lineage_hash(evolve_tasks(tmp_path / "folder", "a"))
-    assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 5
-
-
-def test_what_is_listed_and_is_not_there_is_not_looked_for_for_ever(tmp_path, here, monkeypatch):
-    with pytest.raises(Killed):
-        evolve_tasks((tmp_path / "store").as_uri(), "a", trainer=MortalTrainer(5))
-    waits = []
-    monkeypatch.setattr(objects.time, "sleep", waits.append)
-    with machine(tmp_path / "there"):
-        system = System.open((tmp_path / "store").as_uri())
-        names = system._objects.names
-        # As the listing of a share that is late.
-        monkeypatch.setattr(
-            system._objects,
-            "names",
-            lambda folder: [*names(folder), *["journal/a-0001/999.jsonl"][: folder.startswith("journal")]],
-        )
-        with pytest.raises(DamagedError, match=r"found journal/a-0001/999\.jsonl listed in .*, and no such object"):
-            system.journals("a")
-    assert 10 < len(waits) < 1000
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, where mounting is permitted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("full", ["the disk of the working copy", "the share"])
-def test_a_full_disk_costs_nothing_that_was_finished(tmp_path, small_disk, full):
-    """Room is made again and again, until it is enough."""
-    plan = small_plan(rounds=1)
-    copy, share = (small_disk, tmp_path / "share") if full.endswith("copy") else (tmp_path / "copy", small_disk)
-    filler = [small_disk / f"filler-{number}" for number in range(250)]
-    with contextlib.suppress(OSError):
-        for file in filler:
-            file.write_bytes(bytes(4000))
-    errors = []
-    system = None
-    with machine(copy):
-        while system is None:
-            try:
-                system = evolve_tasks(share.as_uri(), "a", plan)
-            except SystemFolderError as error:
-                errors.append(str(error))
-                for _ in range(len(errors)):
-                    filler.pop().unlink(missing_ok=True)
-        assert lineage_hash(system) == lineage_hash(evolve_tasks(tmp_path / "folder", "a", plan))
-        assert verify(system) == []
-    assert all("No space left on device" in error for error in errors)
-    assert len(errors) > 3
-    with machine(tmp_path / "there"):
-        assert lineage_hash(System.open(share.as_uri())) == lineage_hash(system)
-
-
-def test_a_store_that_stays_away_costs_no_training(tmp_path, here, monkeypatch):
-    store = tmp_path / "mount" / "store"
-    expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=small_plan(rounds=1)))
-    store.parent.mkdir()
-    monkeypatch.setenv("MUNET_STORE_PATIENCE", "0")
-    with pytest.raises(
-        StoreError, match="did not answer for 0 seconds.*run again once it can be: nothing that was finished is lost"
-    ):
-        evolve_tasks(
-            store.as_uri(),
-            plan=small_plan(rounds=1),
-            trainer=_Interrupted(2, lambda: store.parent.rename(tmp_path / "away")),
-        )
-    (tmp_path / "away").rename(store.parent)
-    trainer = FakeTrainer()
-    system = evolve_tasks(store.as_uri(), plan=small_plan(rounds=1), trainer=trainer)
-    assert lineage_hash(system) == expected
-    assert sum(len(plan.children) for plan in trainer.plans) == 2 * 8 - 3
 
 
 def test_garbage_is_not_collected_where_no_lock_is_seen(url, here):

@@ -40,6 +40,24 @@ def test_a_whole_repository_has_no_faults(builder: RepositoryBuilder, engine: Em
     assert found == []
 
 
+def test_a_canary_is_checked_too(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
+    builder.publish({"digits": DIGITS}, current=False)
+    builder.set_canary(2, 10)
+    assert findings(builder, engine) == []
+    builder.edit(2, lambda message: message.tasks[0].golden.logits.__setitem__(0, 99.0))
+    (found,) = findings(builder, engine)
+    assert found.startswith("canary 2: task 'digits': golden answer: found ")
+    builder.set_canary(7, 10)
+    (found,) = findings(builder, engine)
+    assert found.startswith("canary 7: generation-7.json: found No such file")
+    (builder.root / "CANARY").write_text("nonsense")
+    (found,) = findings(builder, engine)
+    assert found.endswith("end it with `munet-evolve canary --end`")
+    # What a killed publisher left behind is no canary.
+    builder.set_canary(1, 10)
+    assert findings(builder, engine) == []
+
+
 def test_every_alias_must_be_its_ensemble(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
     (builder.root / "digits" / "config.pbtxt").unlink()
     (builder.root / "greek" / "config.pbtxt").write_bytes(b"nonsense")

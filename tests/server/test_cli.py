@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -17,14 +18,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.cli import main
 from server.client import AdminClient, Client
 from server.config import ServerSettings
 from server.embedded.sessions import open_session, probe_model
 from server.triton.process import TritonProcess
 from tests.support.images import encode
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
-from tests.support.serving import serving
+from tests.support.serving import Brake, run_here, serving
 from tests.support.triton import triton_settings
 
 READY = re.compile(
@@ -39,18 +39,6 @@ def command(*arguments: object) -> list[str]:
 def run(*arguments: object) -> tuple[int, str, str]:
     done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stdout, done.stderr
-
-
-def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """As `run`, without a process: for commands that start no engine, whose thread pool would be this process's for good."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["munet-server", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
-    return status, *capsys.readouterr()
 
 
 class Process:
@@ -95,22 +83,9 @@ def test_serve_answer_watch_and_stop(
         assert len(out.splitlines()) == 4
         assert re.fullmatch(r".*image\.png  digits  digit \d 0\.\d+, digit \d 0\.\d+, digit \d 0\.\d+", out.splitlines()[0])
 
-        status, out, _ = run_here(capsys, "classify", "--server", server.address, "--top", "2", "--json", image)
-        (answer,) = json.loads(out)
-        assert (status, answer["generation"], sorted(answer["tasks"])) == (0, 1, ["digits", "greek", "hebrew", "large", "short"])
-        assert len(answer["tasks"]["digits"]["labels"]) == 2
-
         status, _, err = run_here(capsys, "classify", "--server", server.address, "--task", "digit", image)
         assert status == 2
         assert "did you mean 'digits'?" in err
-        (tmp_path / "text.png").write_text("no image")
-        status, _, err = run_here(
-            capsys, "classify", "--server", server.address, "--task", "digits", image, tmp_path / "text.png"
-        )
-        assert status == 2
-        assert f"{tmp_path / 'text.png'}: " in err
-        status, _, err = run_here(capsys, "classify", "--server", server.address, tmp_path / "none.png")
-        assert (status, "No such file" in err) == (2, True)
 
         builder.publish({"digits": HEBREW})
         status, out, _ = run_here(capsys, "reload", "--admin", server.admin)
@@ -123,7 +98,7 @@ def test_serve_answer_watch_and_stop(
             metrics = page.read().decode()
         assert "munet_generation 2.0" in metrics
         assert 'munet_reloads_total{outcome="served"} 2.0' in metrics
-        assert 'munet_calls_total{method="InferenceService/ClassifyTasks",status="NOT_FOUND"} 1.0' in metrics
+        assert 'munet_calls_total{method="InferenceService/Classify",status="NOT_FOUND"} 1.0' in metrics
 
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
@@ -249,6 +224,11 @@ def test_status_tells_of_each_triton(
         (("--engine", "triton"), "triton.endpoints: found 'none', expected HOST:PORT of a Triton"),
         (("--engine", "triton", "--triton", "here"), "triton.endpoints.0: found 'here', expected HOST:PORT"),
         (("--engine", "tritons"), "engine.kind: found 'tritons'"),
+        (("--memory-limit", "2 sacks"), "engine.memory_limit_bytes: found '2 sacks', expected a number of bytes of at least 1"),
+        (
+            ("--engine", "triton", "--triton", "127.0.0.1:1", "--memory-limit", "1GiB"),
+            "engine.memory_limit_bytes: found 1073741824, expected none where Tritons hold the segments",
+        ),
     ],
 )
 def test_tritons_that_cannot_be_are_told_with_status_2(
@@ -259,10 +239,84 @@ def test_tritons_that_cannot_be_are_told_with_status_2(
     assert words in err
 
 
+def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: RepositoryBuilder) -> None:
+    builder.publish({"digits": HEBREW})
+    builder.publish({"digits": DIGITS}, current=False)
+    builder.set_canary(3, 20, digits=50)
+    with serving(builder.root, watch_interval_seconds=60) as server:
+        admin = ("--admin", server.admin_address)
+        out = run_here(capsys, "status", *admin)[1]
+        assert "kept generations: 1 2 3\ncanary: generation 3, 20 %, 50 % of digits; 0 requests\n" in out
+        assert run_here(capsys, "watch", "--server", server.address, "--timeout", 0.5) == (
+            0,
+            "generation 2: +digits (0 unchanged)\n",
+            "",
+        )
+        out = run_here(capsys, "watch", "--server", server.address, "--timeout", 0.5, "--json")[1]
+        assert [json.loads(line)["generation"] for line in out.splitlines()] == [2]
+        words = "serving generation 1 instead of 2, until CURRENT changes or `munet-server reload`\n"
+        assert run_here(capsys, "rollback", *admin) == (0, words, "")
+        status, _, err = run_here(capsys, "rollback", *admin)
+        assert (status, "expected one of those that are kept: 1, 2, 3; name one of them" in err) == (2, True)
+        assert "\nrolled back from generation 2, until CURRENT changes" in run_here(capsys, "status", *admin)[1]
+        assert run_here(capsys, "rollback", *admin, "--to", 3)[1].startswith("serving generation 3 instead of 1")
+        assert run_here(capsys, "drain", *admin)[1].startswith("drained: nothing is in flight")
+        assert "\ndraining: health says NOT_SERVING" in run_here(capsys, "status", *admin)[1]
+        assert run_here(capsys, "drain", *admin, "--cancel") == (0, "in service\n", "")
+        brake = Brake(server.server.engine)
+        with concurrent.futures.ThreadPoolExecutor() as threads, Client(server.address) as client:
+            asking = threads.submit(client.classify, "digits", random_images(1, 8)[0])
+            assert brake.entered.wait(5)
+            status, _, err = run_here(capsys, "drain", *admin, "--timeout", 0.2)
+            assert (status, err) == (2, "munet-server: 1 call still in flight after 0.2 s; it takes no new ones\n")
+            brake.go_on.set()
+            assert asking.result(10).generation == 3
+
+
+def test_top_shows_what_is_asked_and_computed(capsys: pytest.CaptureFixture[str], builder: RepositoryBuilder) -> None:
+    stop = threading.Event()
+
+    def ask(address: str) -> None:
+        with Client(address) as client:
+            while not stop.is_set():
+                client.classify_tasks(random_images(1, 8)[0], ["digits", "greek"])
+
+    with serving(builder.root) as server:
+        asking = threading.Thread(target=ask, args=(server.address,))
+        asking.start()
+        try:
+            status, out, _ = run_here(capsys, "top", "--admin", server.admin_address, "--once", "--interval", "0.3", "--json")
+            shown_status, shown, _ = run_here(capsys, "top", "--admin", server.admin_address, "--once", "--interval", "0.2")
+        finally:
+            stop.set()
+            asking.join()
+    (line,) = out.splitlines()
+    rates = json.loads(line)
+    assert (status, shown_status) == (0, 0)
+    assert [task["name"] for task in rates["tasks"]] == ["digits", "greek"]
+    assert all(task["requests_per_second"] > 0 and task["latency_p99_seconds"] > 0 for task in rates["tasks"])
+    saved = {segment["name"]: segment["saved_share"] for segment in rates["segments"]}
+    assert sorted(saved.values())[0] == 0
+    assert max(saved.values()) == pytest.approx(0.5, abs=0.01)
+    assert re.search(r"^digits +\d+\.\d", shown, re.MULTILINE)
+
+
+def test_logs_are_json_if_asked_for(builder: RepositoryBuilder) -> None:
+    with served(builder.root, "--log-format", "json", "--access-log") as server:
+        with Client(server.address) as client:
+            client.classify("digits", random_images(1, 8)[0])
+        server.process.terminate()
+        _, err = server.process.communicate(timeout=20)
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert {"server.reload", "server.access_log"} <= {line["logger"] for line in lines}
+    (access,) = [line for line in lines if line["logger"] == "server.access_log"]
+    assert (access["method"], access["tasks"], access["status"]) == ("InferenceService/Classify", ["digits"], "OK")
+
+
 def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run_here(capsys, "--help")
     assert status == 0
-    assert all(name in out for name in ("serve", "check", "classify", "status", "reload"))
+    assert all(name in out for name in ("serve", "check", "classify", "status", "reload", "top"))
 
 
 def test_help_states_the_true_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +330,7 @@ def test_help_states_the_true_defaults(capsys: pytest.CaptureFixture[str], monke
         assert f"[default: ({seconds:g})]" in out
 
 
-def test_the_server_never_imports_torch(builder: RepositoryBuilder) -> None:
-    code = "import server.cli, sys; print([name for name in ('torch', 'timm', 'torchvision', 'evolve') if name in sys.modules])"
+def test_the_server_never_imports_torch_nor_what_nobody_asked_for(builder: RepositoryBuilder) -> None:
+    names = ("torch", "timm", "torchvision", "evolve", "opentelemetry")
+    code = f"import server.cli, sys; print([name for name in {names} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

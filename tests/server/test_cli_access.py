@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pathlib
 import re
-import sys
 import tomllib
 
 import pytest
 
-from server.cli import TOKEN_VARIABLE, main
+from server.connection_options import TOKEN_VARIABLE
 from server.tokens import Tokens, hash_of
 from tests.support.certificates import Pki
 from tests.support.images import encode
 from tests.support.processes import ServerProcess
 from tests.support.repository import RepositoryBuilder, random_images
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["munet-server", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
-    return status, *capsys.readouterr()
+from tests.support.serving import run_here as run
 
 
 def test_a_new_token_is_printed_once_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,21 +1,204 @@
-"""What the clients share; their answers are tested against a real server in front_door/test_calls.py."""
+"""What the clients share, and how they bear a server that fails; answers of a real one are tested in front_door/test_calls.py."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator
 
-from server import calls
-from server.client import AdminClient, AsyncAdminClient, AsyncClient, Client
+import grpc
+import pytest
+
+from server import bulk, calls
+from server.client import (
+    AdminClient,
+    AsyncAdminClient,
+    AsyncClient,
+    CallTimeoutError,
+    Client,
+    Retry,
+    ServerBusyError,
+    ServerFailedError,
+    ServerUnreachableError,
+    StreamQuestion,
+    TaskList,
+)
+from server.transports import _retry_after_seconds, finish
+from tests.support.flaky import FlakyServer, details
+
+GONE = (grpc.StatusCode.UNAVAILABLE, None)
+QUICK = Retry(first_pause_seconds=0.001)
 
 
 def test_both_transports_have_the_same_calls() -> None:
-    for blocking, awaited, names in (
-        (Client, AsyncClient, ("classify", "classify_tasks", "list_tasks", "get_task")),
-        (AdminClient, AsyncAdminClient, ("status", "reload")),
+    for blocking, awaited, where, names in (
+        (Client, AsyncClient, calls, ("classify", "classify_tasks", "list_tasks", "get_task")),
+        (Client, AsyncClient, bulk, ("classify_stream", "classify_files")),
+        (AdminClient, AsyncAdminClient, calls, ("status", "reload")),
     ):
         for name in names:
-            call = getattr(calls, name)
+            call = getattr(where, name)
             for method in (getattr(blocking, name), getattr(awaited, name)):
                 assert method.__doc__ == call.__doc__
                 assert inspect.signature(method) == inspect.signature(call)
                 assert "Raises:" in method.__doc__
+
+
+Ask = Callable[[str, Retry | None, float | None], TaskList]
+
+
+def ask_blocking(address: str, retry: Retry | None, timeout_seconds: float | None) -> TaskList:
+    with Client(address, retry=retry) as client:
+        return client.list_tasks(timeout_seconds=timeout_seconds)
+
+
+def ask_awaited(address: str, retry: Retry | None, timeout_seconds: float | None) -> TaskList:
+    async def ask() -> TaskList:
+        async with AsyncClient(address, retry=retry) as client:
+            return await client.list_tasks(timeout_seconds=timeout_seconds)
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture(params=[ask_blocking, ask_awaited], ids=["blocking", "awaited"])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    return request.param
+
+
+@pytest.fixture
+def flaky() -> Iterator[FlakyServer]:
+    with FlakyServer() as server:
+        yield server
+
+
+def test_a_server_that_is_not_there_for_a_moment_is_asked_again(ask: Ask, flaky: FlakyServer) -> None:
+    flaky.failures = [GONE, (grpc.StatusCode.UNAVAILABLE, 0.2)]
+    assert ask(flaky.address, QUICK, 2).generation == 7
+    _, second, third = flaky.remaining_seconds
+    # One deadline for all of them: what was waited is not there any more.
+    assert third < second - 0.1
+
+
+def test_but_only_so_often(ask: Ask, flaky: FlakyServer) -> None:
+    flaky.failures = [GONE] * 9
+    with pytest.raises(ServerUnreachableError, match="not now"):
+        ask(flaky.address, QUICK, 10)
+    assert len(flaky.remaining_seconds) == QUICK.max_attempts
+
+
+def test_a_busy_server_is_asked_again_when_it_said(ask: Ask, flaky: FlakyServer) -> None:
+    flaky.failures = [(grpc.StatusCode.RESOURCE_EXHAUSTED, 0.25)]
+    started = time.monotonic()
+    assert ask(flaky.address, QUICK, 10).generation == 7
+    assert 0.25 <= time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("failure", "retry", "error"),
+    [
+        (GONE, None, ServerUnreachableError),
+        ((grpc.StatusCode.RESOURCE_EXHAUSTED, None), QUICK, ServerBusyError),
+        ((grpc.StatusCode.RESOURCE_EXHAUSTED, 3600.0), QUICK, ServerBusyError),
+        ((grpc.StatusCode.INTERNAL, 0.001), QUICK, ServerFailedError),
+    ],
+    ids=["no retries", "no hint", "an hour", "a fault"],
+)
+def test_what_is_not_asked_again(
+    ask: Ask, flaky: FlakyServer, failure: tuple[grpc.StatusCode, float | None], retry: Retry | None, error: type[Exception]
+) -> None:
+    flaky.failures = [failure]
+    with pytest.raises(error) as caught:
+        ask(flaky.address, retry, None if failure[1] else 10)
+    assert len(flaky.remaining_seconds) == 1
+    assert caught.value.retry_after_seconds == pytest.approx(failure[1]) if failure[1] else True
+
+
+def test_nobody_waits_past_the_deadline(ask: Ask, flaky: FlakyServer) -> None:
+    flaky.failures = [(grpc.StatusCode.RESOURCE_EXHAUSTED, 20.0)]
+    started = time.monotonic()
+    with pytest.raises(ServerBusyError):
+        ask(flaky.address, Retry(), 5)
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(GONE, ServerUnreachableError), ((grpc.StatusCode.RESOURCE_EXHAUSTED, 0.001), ServerBusyError)],
+    ids=["gone", "busy"],
+)
+def test_when_time_runs_out_between_attempts_the_error_says_what_was_waited_for(
+    ask: Ask, flaky: FlakyServer, failure: tuple[grpc.StatusCode, float | None], error: type[Exception]
+) -> None:
+    flaky.failures = [failure, (grpc.StatusCode.DEADLINE_EXCEEDED, None)]
+    with pytest.raises(error) as caught:
+        ask(flaky.address, QUICK, 10)
+    assert isinstance(caught.value.__cause__, CallTimeoutError)
+    assert len(flaky.remaining_seconds) == 2
+    # In the first attempt there is nothing else to say.
+    flaky.failures = [(grpc.StatusCode.DEADLINE_EXCEEDED, None)]
+    with pytest.raises(CallTimeoutError):
+        ask(flaky.address, QUICK, 10)
+
+
+def test_a_server_that_is_started_again_meanwhile_is_reached() -> None:
+    with FlakyServer() as first, Client(first.address, retry=Retry(200, 0.05, 0.05)) as client:
+        client.list_tasks()
+        first.__exit__(None, None, None)
+        found: list[TaskList] = []
+        asking = threading.Thread(target=lambda: found.append(client.list_tasks(timeout_seconds=20)))
+        asking.start()
+        time.sleep(0.2)
+        with FlakyServer(first.address):
+            asking.join()
+    assert [tasks.generation for tasks in found] == [7]
+
+
+def test_orders_to_a_server_are_given_once(flaky: FlakyServer) -> None:
+    flaky.failures = [GONE]
+    with AdminClient(flaky.address, retry=QUICK) as admin, pytest.raises(ServerUnreachableError):
+        admin.reload()
+    assert len(flaky.remaining_seconds) == 1
+
+
+def test_a_closed_client_waits_for_no_further_attempt(flaky: FlakyServer) -> None:
+    flaky.failures = [(grpc.StatusCode.UNAVAILABLE, 30.0)] * 9
+    client = Client(flaky.address)
+    ended = threading.Event()
+
+    def ask() -> None:
+        try:
+            client.list_tasks(timeout_seconds=None)
+        except Exception:
+            ended.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not flaky.remaining_seconds:
+        time.sleep(0.005)
+    client.close()
+    assert ended.wait(10)
+    thread.join()
+
+
+def test_a_stream_that_breaks_says_so(flaky: FlakyServer) -> None:
+    questions = [StreamQuestion("digits", b"", id=str(index)) for index in range(3)]
+    flaky.failures = [None, GONE]
+    with Client(flaky.address) as client:
+        answers = client.classify_stream(iter(questions))
+        first = next(answers)
+        # A code that nobody knows is a failure all the same.
+        assert (first.id, type(first.error)) == ("0", ServerFailedError)
+        with pytest.raises(ServerUnreachableError, match="not now"):
+            list(answers)
+
+
+@pytest.mark.parametrize("value", [b"", b"\xff\xff", "no bytes", details(grpc.StatusCode.UNAVAILABLE, 1.0)[:-3]])
+def test_details_that_nobody_can_read_are_passed_over(value: bytes | str) -> None:
+    assert _retry_after_seconds((("other", "x"), ("grpc-status-details-bin", value))) is None
+
+
+def test_a_coroutine_that_waits_is_no_blocking_one() -> None:
+    with pytest.raises(RuntimeError, match="waits for an event loop"):
+        finish(asyncio.sleep(0))

@@ -51,10 +51,30 @@ def test_a_gpu_has_two_workers_however_many_cpus_there_are() -> None:
         ('engine.device = "tpu"', "engine.device: found 'tpu', expected 'cpu'"),
         ("engine.threads = 513", "engine.threads: found 513, expected a whole number from 0 to 512"),
         ("engine.workers = -1", "engine.workers: found -1, expected a whole number from 0 to 512"),
+        (
+            "engine.memory_limit_bytes = 0",
+            "engine.memory_limit_bytes: found 0, expected a number of bytes of at least 1, or text such",
+        ),
+        ("engine.memory_limit_bytes = true", "engine.memory_limit_bytes: found True, expected a number of bytes"),
+        ('engine.memory_limit_bytes = "2 GX"', "engine.memory_limit_bytes: found '2 GX', expected a number of bytes"),
+        ('engine.memory_limit_bytes = "0.1B"', "engine.memory_limit_bytes: found '0.1B', expected a number of bytes"),
         ("decode_threads = true", "decode_threads: found True, expected a whole number from 0 to 512"),
         ("watch_interval_seconds = 0", "watch_interval_seconds: found 0, expected a number above 0"),
         ("grace_seconds = -1", "grace_seconds: found -1, expected a number of at least 0"),
         ("drain_seconds = inf", "drain_seconds: found inf, expected a number of at least 0"),
+        (
+            "[task_limits.digits]\nmax = 1",
+            "task_limits.digits.max: found 1, expected no such key; the keys here are max_images_in_flight",
+        ),
+        (
+            "[task_limits.digits]\nmax_images_per_second = 0",
+            "task_limits.digits.max_images_per_second: found 0, expected a number above 0",
+        ),
+        ("[task_limits.Digits]\n", "task name 'Digits' is not allowed"),
+        ('log.format = "xml"', "log.format: found 'xml', expected 'text' or 'json'"),
+        ("[metrics]\ntasks = 1", "metrics.tasks: found 1, expected no such key; the keys here are max_segments, max_tasks"),
+        ('tracing.otlp_endpoint = "collector:4318"', "tracing.otlp_endpoint: found 'collector:4318', expected a URL such as"),
+        ('tracing.otlp_endpoint = "http://[::1"', "tracing.otlp_endpoint: found 'http://[::1', expected a URL such as"),
         ("not toml", "settings file"),
     ],
 )
@@ -74,6 +94,18 @@ def test_a_missing_file(tmp_path: pathlib.Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(pydantic.ValidationError):
         Limits().max_images = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("told", "num_bytes"),
+    [(1000, 1000), ("2GiB", 2**31), ("1.5 MiB", 3 * 2**19), ("500MB", 500_000_000), ("3kb", 3000), ("1T", None), ("7B", 7)],
+)
+def test_a_limit_of_memory_is_said_in_bytes_or_with_a_unit(told: object, num_bytes: int | None) -> None:
+    if num_bytes is None:
+        with pytest.raises(SettingsError):
+            read_settings(None, {"engine.memory_limit_bytes": told})
+    else:
+        assert read_settings(None, {"engine.memory_limit_bytes": told}).engine.memory_limit_bytes == num_bytes
 
 
 def test_a_batch_is_bounded_by_a_cores_cache_on_a_cpu_alone() -> None:

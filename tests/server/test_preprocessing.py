@@ -27,6 +27,18 @@ def test_images_are_those_of_the_shared_function() -> None:
     preprocessor.close()
 
 
+def test_pixels_that_fit_need_no_thread() -> None:
+    preprocessor = Preprocessor(1, ImageLimits())
+    preprocessor.close()
+    (rows,) = asyncio.run(preprocessor.to_rows([RawImage(20, 20, 3, PIXELS.tobytes())], [20], "image"))
+    assert np.array_equal(rows, PIXELS[np.newaxis])
+    with pytest.raises(ImageRefusedError, match=r"image: found 7 bytes"):
+        asyncio.run(preprocessor.to_rows([RawImage(20, 20, 3, b"7 bytes")], [20], "image"))
+    # Any other size has to be computed, and there is no thread any more.
+    with pytest.raises(RuntimeError, match="shutdown"):
+        asyncio.run(preprocessor.to_rows([RawImage(20, 20, 3, PIXELS.tobytes())], [20, 8], "image"))
+
+
 def test_the_first_bad_image_is_named() -> None:
     preprocessor = Preprocessor(2, ImageLimits())
     sent = [EncodedImage(encode(PIXELS)), EncodedImage(b"bad"), EncodedImage(b"bad")]
@@ -63,3 +75,40 @@ def test_what_nobody_waits_for_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(ask())
     preprocessor.close()
     assert len(decoded) == 1
+
+
+def test_one_image_does_not_wait_for_all_of_a_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    import server.preprocessing as module
+
+    begun = threading.Event()
+    go_on = threading.Event()
+    decoded = []
+
+    def slow(data: bytes, limits: Any) -> Any:
+        decoded.append(data)
+        begun.set()
+        go_on.wait(5)
+        return decode(data, limits)
+
+    monkeypatch.setattr(module, "decode", slow)
+    preprocessor = Preprocessor(1, ImageLimits())
+    loud, quiet = encode(PIXELS), encode(PIXELS, "JPEG")
+
+    async def ask() -> None:
+        flood = [
+            asyncio.create_task(preprocessor.to_rows([EncodedImage(loud)] * 20, [8], "images[{index}]", "loud")) for _ in range(2)
+        ]
+        await asyncio.to_thread(begun.wait, 5)
+        single = asyncio.create_task(preprocessor.to_rows([EncodedImage(quiet)], [8], "image", "quiet"))
+        left = asyncio.create_task(preprocessor.to_rows([EncodedImage(b"nobody waits for it")], [8], "image", "quiet"))
+        await asyncio.sleep(0)
+        left.cancel()
+        go_on.set()
+        assert (await single)[0].shape == (1, 8, 8, 3)
+        await asyncio.gather(*flood)
+
+    asyncio.run(ask())
+    preprocessor.close()
+    # One is worked on, and one more is with the threads already.
+    assert decoded.index(quiet) <= 2
+    assert len(decoded) == 41

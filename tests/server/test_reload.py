@@ -4,7 +4,7 @@ import asyncio
 import pathlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from server.errors import GenerationRefusedError, NoEndpointError, RepositoryErr
 from server.generation import Generation
 from server.reload import ReloadAttempt, Reloader
 from server.repository import Repository
+from tests.support.reloading import Watched, run, until
 from tests.support.repository import DIGITS, GREEK, HEBREW, TRAP, RepositoryBuilder, random_images
 from tests.support.serving import ENGINE
 
@@ -32,31 +33,6 @@ def engine() -> Iterator[EmbeddedEngine]:
     engine = EmbeddedEngine(ENGINE)
     yield engine
     engine.close()
-
-
-class Watched:
-    """A reloader with what it told."""
-
-    def __init__(self, builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:
-        self.swaps: list[Generation] = []
-        self.attempts: list[ReloadAttempt] = []
-        self.reloader = Reloader(Repository(builder.root), engine, self.swaps.append, self.attempts.append)
-
-
-def run(builder: RepositoryBuilder, engine: EmbeddedEngine, test: Callable[[Watched], Awaitable[Any]]) -> Watched:
-    async def work() -> Watched:
-        watched = Watched(builder, engine)
-        await test(watched)
-        await watched.reloader.close()
-        return watched
-
-    return asyncio.run(work())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def test_a_swap_replaces_all_tasks_and_unloads_what_was_before(builder: RepositoryBuilder, engine: EmbeddedEngine) -> None:

@@ -12,7 +12,7 @@ from server.cli import main
 from server.client import AdminClient, CallRefusedError, Client
 from server.errors import GenerationRefusedError, SettingsError
 from server.repository import Repository, read_keys
-from tests.support.repository import DIGITS, GREEK, RepositoryBuilder, random_images
+from tests.support.repository import DIGITS, GREEK, HEBREW, RepositoryBuilder, random_images
 from tests.support.serving import serving
 
 OLD, NEW, STRANGER = (PrivateKey.generate() for _ in range(3))
@@ -34,6 +34,22 @@ def refusal(builder: RepositoryBuilder, *keys: PrivateKey) -> str:
     with pytest.raises(GenerationRefusedError) as caught:
         Repository(builder.root, [key.public_key() for key in keys]).read()
     return str(caught.value)
+
+
+def test_signatures_are_asked_of_what_is_gone_back_to_and_of_canaries(builder: RepositoryBuilder, tmp_path: pathlib.Path) -> None:
+    builder.publish({"digits": GREEK})
+    builder.publish({"digits": HEBREW}, current=False)
+    builder.set_canary(3, 50)
+    sign(builder, 2, OLD)
+    sign(builder, 3, STRANGER)
+    with serving(builder.root, require_signature=key_files(tmp_path, OLD)) as server, AdminClient(server.admin_address) as admin:
+        canary = admin.status().canary
+        assert canary is not None
+        assert canary.refusal.startswith("generation 3 is refused: generation-3.sig: found what none of them signed")
+        with pytest.raises(CallRefusedError, match=r"generation 1 is refused: generation-1\.sig"):
+            admin.rollback()
+        sign(builder, 1, OLD)
+        assert admin.rollback().generation == 1
 
 
 def test_each_of_several_keys_will_do(builder: RepositoryBuilder) -> None:

@@ -215,6 +215,15 @@ def publish_first_tasks(repository: pathlib.Path) -> None:
     RepositoryBuilder(repository).publish({task: TaskPlan((*route, f"head:{task}:3"), names) for task, names in labels.items()})
 
 
+def publish_second_tasks(repository: pathlib.Path) -> None:
+    """Publishes a generation in which `pets` is another path, and leaves CURRENT as it is."""
+    builder = RepositoryBuilder(repository)
+    labels = {task.name: tuple(task.labels) for task in builder.read_manifest(builder.newest()).tasks}
+    block = {"pets": "block:clone", "flowers": "block:trunk"}
+    plans = {task: TaskPlan(("stem:8:a", block[task], f"head:{task}:3"), names) for task, names in labels.items()}
+    builder.publish(plans, current=False)
+
+
 def make_hub_cache(folder: pathlib.Path) -> None:
     """Writes random weights as timm's downloads lie in the hub's cache."""
     torch.manual_seed(0)
@@ -236,6 +245,10 @@ defaults = {{
     "classify": ["--server", {server!r}],
     "status": ["--admin", {admin!r}],
     "reload": ["--admin", {admin!r}],
+    "rollback": ["--admin", {admin!r}],
+    "drain": ["--admin", {admin!r}],
+    "watch": ["--server", {server!r}],
+    "top": ["--admin", {admin!r}],
 }}
 if {module!r} == "server.cli" and arguments:
     arguments[1:1] = defaults.get(arguments[0], [])

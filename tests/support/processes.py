@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -59,6 +60,7 @@ class ServerProcess:
     Args:
         repository: what to serve.
         arguments: further ones of the command.
+        variables: of its environment, beside those of this process.
 
     Attributes:
         address: of the front door.
@@ -66,13 +68,13 @@ class ServerProcess:
         status: exit status, after the block.
     """
 
-    def __init__(self, repository: pathlib.Path, *arguments: str) -> None:
+    def __init__(self, repository: pathlib.Path, *arguments: str, variables: Mapping[str, str] | None = None) -> None:
         command = [
             *(sys.executable, "-m", "server.cli", "serve", "--repository", str(repository)),
             *("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"),
             *arguments,
         ]
-        self.process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env={**environment(), **(variables or {})}, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         found = re.search(r"at (\S+), admin (\S+)", self.process.stdout.readline())
         assert found is not None, "the server did not start"

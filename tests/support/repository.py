@@ -283,6 +283,12 @@ class RepositoryBuilder:
         temporary.write_text(f"{number}\n")
         temporary.replace(self.root / "CURRENT")
 
+    def set_canary(self, number: int, percent: float, **percent_of_task: float) -> None:
+        canary = generation_pb2.Canary(generation=number, percent=percent, percent_of_task=percent_of_task)
+        temporary = self.root / ".CANARY.tmp"
+        temporary.write_text(json_format.MessageToJson(canary))
+        temporary.replace(self.root / "CANARY")
+
     def read_manifest(self, number: int) -> generation_pb2.Generation:
         text = (self.root / f"generation-{number}.json").read_text()
         return json_format.Parse(text, generation_pb2.Generation())

@@ -31,10 +31,35 @@ class MortalTrainer(FakeTrainer):
             yield pack
 
 
+class InterruptedTrainer(FakeTrainer):
+    """Lets something else happen before its n-th child."""
+
+    def __init__(self, before: int, happens) -> None:
+        super().__init__()
+        self._before = before
+        self._happens = happens
+
+    def train(self, plan):
+        for pack in super().train(plan):
+            if self._before == 0:
+                self._happens()
+            self._before -= 1
+            yield pack
+
+    def examine(self, path):
+        if self._before == 0:
+            self._happens()
+        return super().examine(path)
+
+
 def small_plan(seed: int = 0, **search: Any) -> SearchPlan:
     """Two rounds of eight children, in which all that can mutate does so often."""
     values = {"rounds": 2, "children_per_task": 8, "generation_size": 4, "mutation_rate": 0.3, "auto_tune": True}
     return SearchPlan(seed, DefaultSettings(), SearchSettings(**{**values, **search}), TrainingSettings(batch_size=8))
+
+
+SHORT_PLAN = small_plan(rounds=2, children_per_task=4)
+"""A short one, where it is not the search that is tried."""
 
 
 def evolve_tasks(

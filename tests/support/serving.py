@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from server.cli import RunningServer, running_server
+import pytest
+import uvloop
+
+from server.cli import RunningServer, main, running_server
 from server.config import EngineSettings, Limits, ServerSettings
 
 # One thread: this process also makes ONNX Runtime sessions of other kinds, which a global thread pool would forbid.
@@ -58,7 +62,7 @@ def serving(repository: pathlib.Path, **overrides: Any) -> Iterator[ServerThread
 
     def work() -> None:
         try:
-            asyncio.run(run())
+            uvloop.run(run())
         except BaseException as error:
             failed.append(error)
         finally:
@@ -79,6 +83,21 @@ def serving(repository: pathlib.Path, **overrides: Any) -> Iterator[ServerThread
         raise failed[0]
 
 
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Runs a command of munet-server without a process and returns its status, output and errors.
+
+    For commands that start no engine, whose thread pool would be this process's for good.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["munet-server", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+    return status, *capsys.readouterr()
+
+
 class ManualClock:
     """A clock that goes forward only when told."""
 
@@ -95,7 +114,7 @@ class Brake:
     def __init__(self, engine: Any) -> None:
         self.go_on = threading.Event()
         self.entered = threading.Event()
-        for session in engine._sessions.values():
+        for session in engine._memory.sessions.values():
             session.run = self._slow(session.run)
 
     def _slow(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -107,8 +126,15 @@ class Brake:
         return slow
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 10) -> None:
+    deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def is_empty(server: ServerThread) -> bool:
+    """Tells whether nothing is in flight: no stream, no request, not a byte of one, no question of the engine's."""
+    edge = server.server.front_door._edge
+    in_flight = (edge._num_streams, edge._requests.total, edge._bytes.total, len(server.server.engine._questions))
+    return in_flight == (0, 0, 0, 0)

@@ -34,6 +34,9 @@ def s3_server() -> Iterator[str]:
     host, port = server.get_host_and_port()
     connection = http.client.HTTPConnection(host, port)
     try:
+        # Its objects are the process's, not the server's: an earlier one's would still be there.
+        connection.request("POST", "/moto-api/reset")
+        assert connection.getresponse().read() is not None
         connection.request(
             "PUT", f"/{BUCKET}", headers={"Authorization": "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3"}
         )

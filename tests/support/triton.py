@@ -173,7 +173,14 @@ class Caller:
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Returns rows and executions of each model, as Triton counts them."""
-        answer = self.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=TIMEOUT_SECONDS)
+        while True:
+            try:
+                answer = self.stub.ModelStatistics(service_pb2.ModelStatisticsRequest(), timeout=TIMEOUT_SECONDS)
+                break
+            except grpc.RpcError as error:
+                # Triton lists its models first: one that is unloaded before it is asked fails the whole call.
+                if "not at ready state" not in (error.details() or ""):
+                    raise
         return {model.name: (model.inference_count, model.execution_count) for model in answer.model_stats}
 
     def executions(self, model: str) -> int:

@@ -12,6 +12,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+# As munet.runtime says.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as triton

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from evolve.export.settings import ExportSettings
 from evolve.layer import LayerKind
 from evolve.store import System
 from evolve.vit import PathModel, build_module
+from munet.runtime import onnxruntime
 from tests.evolve.export.conftest import Published
 
 SETTINGS = ExportSettings()

@@ -4,9 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from evolve.hyperparameters import Hyperparameters
-from evolve.training.augmentation import CROP_ATTEMPTS, NUM_DRAWS, augment, crop_boxes
+from evolve.training.augmentation import CROP_ATTEMPTS, NUM_DRAWS, _root, augment, crop_boxes
 from evolve.training.batches import draws
 from evolve.vit import scale_image
 
@@ -32,6 +33,13 @@ def same_sizes(count: int, height: float = 16, width: float = 16) -> torch.Tenso
 
 def run(images: torch.Tensor, drawn: torch.Tensor, **changes: Any) -> torch.Tensor:
     return augment(images, same_sizes(len(images)), drawn, hyperparameters(**changes))
+
+
+def test_roots_are_those_of_every_cpu() -> None:
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 300
+    rounded = np.sqrt(values.numpy())
+    assert rounded.dtype == np.float32
+    np.testing.assert_array_equal(_root(values).numpy(), rounded)
 
 
 def test_all_off_is_the_scaled_image() -> None:
@@ -171,3 +179,17 @@ def test_crop_and_flip_sample_the_box_that_was_drawn() -> None:
     torch.testing.assert_close(middle[:, 1], boxes[:, 0] + boxes[:, 2] / 2, atol=0.01, rtol=0)
     rightwards = changed[:, 8, 14, 0] > changed[:, 8, 1, 0]
     assert torch.equal(rightwards, drawn[:, FLIP] >= 0.5)
+
+
+@pytest.mark.parametrize("size", [24, 32, 56])
+def test_crops_are_sampled_where_affine_grid_has_its_points(size: int) -> None:
+    # To the bit: a search that was begun with it goes on as it would have.
+    images, sizes, drawn = random_images(16, 40, 40), same_sizes(16, 40, 40), numbers(16)
+    found = augment(images, sizes, drawn, hyperparameters(image_size=size, crop_area_min=0.2, flip=True))
+    top, left, height, width = crop_boxes(sizes, drawn, 0.2, 0.75).unbind(1)
+    across = torch.stack([torch.where(drawn[:, FLIP] < 0.5, -width, width), torch.zeros(16), 2 * left + width - 1], dim=1)
+    down = torch.stack([torch.zeros(16), height, 2 * top + height - 1], dim=1)
+    grid = functional.affine_grid(torch.stack([across, down], dim=1), [16, 3, size, size], align_corners=False)
+    pixels = images.permute(0, 3, 1, 2).float().mul(1 / 255)
+    sampled = functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    assert torch.equal(found, sampled.mul(2).sub(1).clamp(-1, 1).permute(0, 2, 3, 1))

@@ -128,6 +128,34 @@ def test_what_is_shared_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls["patch_embed"] == 2
 
 
+def test_nothing_below_the_lowest_trainable_layer_keeps_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: Counter[str] = Counter()
+    ran: Counter[str] = Counter()
+    build = pack.build_module
+
+    def watching(spec: Any, *arguments: Any, **options: Any) -> torch.nn.Module:
+        module = build(spec, *arguments, **options)
+
+        def look(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+            if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in module.parameters()):
+                ran[spec.kind.value] += 1
+                kept[spec.kind.value] += output.requires_grad
+
+        module.register_forward_hook(look)
+        return module
+
+    monkeypatch.setattr(pack, "build_module", watching)
+    low = [ROOT.child(0, hyperparameters=AUGMENTED), ROOT.child(1, lambda position: position == NORM, hyperparameters=AUGMENTED)]
+    trained(generation(*low, intervals=1, batches=3), feature_bytes=0)
+    assert ran == {"patch_embed": 3, "class_token": 3, "pos_embed": 3, "block": 6, "norm": 3}
+    assert not +kept
+    kept.clear()
+    higher = [*low, ROOT.child(2, lambda position: position == block_position(0), hyperparameters=AUGMENTED)]
+    trained(generation(*higher, intervals=1, batches=3), feature_bytes=0)
+    # The third child's gradient goes down through the second block and the norm; nobody's goes further.
+    assert +kept == {"block": 3, "norm": 3}
+
+
 def test_frozen_prefixes_of_what_never_changes_are_computed_once_for_all_epochs_and_generations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.embedded.batches import Cargo, values_of
-from server.embedded.scheduler import Lane, Rows
+from server.embedded.batches import Cargo, Trip, values_of
+from server.embedded.scheduler import Claim, Lane, Rows
 from server.engine import Question
 from server.questions import LoadedGeneration, OpenQuestion, RouteTree
 from server.repository import Repository
@@ -35,9 +35,14 @@ def test_rows_are_a_part_of_what_they_carry(tmp_path) -> None:
     RepositoryBuilder(tmp_path).publish()
     generation = Repository(tmp_path).read()
     opened = OpenQuestion(1, Question(generation, random_images(4, 8), ("digits",)), LoadedGeneration(generation), 0.0)
-    cargo = Cargo(opened, opened.tree.roots[0], np.arange(12).reshape(4, 3), 0)
+    cargo = Cargo(opened, opened.tree.roots[0], np.arange(12).reshape(4, 3), 0, Trip(0.0))
     lane = Lane("seg-a", (3,), 8)
-    values = values_of(Rows(1, lane, 1, 2, 0.0, 1.0, cargo))
+    values = values_of(Rows(Claim(1, "digits", 0.0, 1.0), lane, 1, 2, cargo))
     assert isinstance(values, np.ndarray)
     assert np.shares_memory(values, cargo.values)
     assert values.tolist() == [[3, 4, 5], [6, 7, 8]]
+
+
+def test_a_trip_adds_up_what_rows_wait_and_are_computed() -> None:
+    trip = Trip(since_seconds=1.0).after(3.0, 3.5).after(4.0, 4.25)
+    assert (trip.since_seconds, trip.waited_seconds, trip.computed_seconds) == (4.25, 2.5, 0.75)

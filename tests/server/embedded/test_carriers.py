@@ -5,9 +5,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
+from munet.runtime import onnxruntime
 from server.embedded.carriers import ALIGNMENT_BYTES, DeviceCarrier, DeviceRows, HostCarrier, Transfers, join_neighbours
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.sessions import SegmentSession, open_session

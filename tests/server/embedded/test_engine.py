@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import pathlib
 import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.sessions import SegmentSession
-from server.engine import Question
+from server.engine import Logits, Question, RouteTimes, SegmentDistributions, SegmentRun
 from server.errors import DeadlineError, NotLoadedError, OverloadedError
 from server.generation import Generation
 from server.repository import Repository
 from tests.support.repository import RepositoryBuilder, random_images
-from tests.support.serving import ENGINE, ManualClock
+from tests.support.serving import ENGINE, Brake, ManualClock, wait_until
 
 
 @pytest.fixture
@@ -49,6 +51,116 @@ def test_deadlines_are_on_the_engines_clock(generation: Generation) -> None:
     assert engine.answer(question).exception() is None
     clock.now_seconds += 2
     assert isinstance(engine.answer(question).exception(), DeadlineError)
+    engine.close()
+
+
+def test_what_is_late_is_not_computed_on_and_not_given(generation: Generation) -> None:
+    clock = ManualClock()
+    engine = EmbeddedEngine(ENGINE, clock)
+    engine.load(generation)
+    route = generation.tasks["digits"].route
+    for place in (1, len(route) - 1):
+        session = engine._memory.sessions[route[place]]
+        run = session.run
+
+        def late(rows: np.ndarray, run: Callable[[np.ndarray], np.ndarray] = run) -> np.ndarray:
+            clock.now_seconds += 2
+            return run(rows)
+
+        before = {row.name: row.executions for row in engine.statistics()}
+        session.run = late  # type: ignore[method-assign]
+        deadline = clock.now_seconds + 1
+        assert isinstance(
+            engine.answer(Question(generation, random_images(1, 8), ("digits",), deadline)).exception(), DeadlineError
+        )
+        session.run = run  # type: ignore[method-assign]
+        after = {row.name: row.executions for row in engine.statistics()}
+        assert [after[name] - before[name] for name in route] == [1] * (place + 1) + [0] * (len(route) - place - 1)
+    assert engine._questions.num_planned == 0
+    engine.close()
+
+
+def test_costs_are_measured_and_deadlines_refused_by_them(generation: Generation) -> None:
+    clock = ManualClock()
+    engine = EmbeddedEngine(ENGINE, clock)
+    engine.load(generation)
+    go_on = threading.Event()
+    for session in engine._memory.sessions.values():
+
+        def slow(rows: np.ndarray, run: Callable[[np.ndarray], np.ndarray] = session.run) -> np.ndarray:
+            assert go_on.wait(20)
+            clock.now_seconds += 1
+            return run(rows)
+
+        session.run = slow  # type: ignore[method-assign]
+
+    def ask(seconds: float | None, task: str = "digits") -> concurrent.futures.Future[Logits]:
+        deadline = None if seconds is None else clock.now_seconds + seconds
+        return engine.answer(Question(generation, random_images(1, 8), (task,), deadline))
+
+    go_on.set()
+    num_pieces = len(generation.tasks["digits"].route)
+    assert ask(None).exception() is None
+    # A second for each piece, as it knows now: what cannot be done in time is tried where nothing else is to do, and not otherwise.
+    assert isinstance(ask(num_pieces - 1.5).exception(), DeadlineError)
+    go_on.clear()
+    first = ask(None)
+    with pytest.raises(DeadlineError, match="cannot be met: found"):
+        ask(num_pieces - 1.5).result()
+    with pytest.raises(DeadlineError, match="cannot be met"):
+        engine.check(generation, ("digits",), 1, clock.now_seconds + num_pieces - 1.5)
+    with pytest.raises(OverloadedError, match="seconds of work ahead") as caught:
+        ask(num_pieces + 1).result()
+    assert caught.value.retry_after_seconds > 1
+    # Nothing of it is known but what it shares with the others.
+    assert not ask(num_pieces * 4, "hebrew").done()
+    engine.check(generation, ("digits",), 1, clock.now_seconds + 10 * num_pieces)
+    go_on.set()
+    assert first.exception() is None
+    engine.close()
+
+
+def test_a_quiet_task_runs_beside_a_flood(generation: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    sizes: list[int] = []
+    run = SegmentSession.run
+
+    def hold_up(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
+        sizes.append(len(rows))
+        assert go_on.wait(20)
+        return run(session, rows)
+
+    monkeypatch.setattr(SegmentSession, "run", hold_up)
+    engine = EmbeddedEngine(ENGINE)
+    engine.load(generation)
+    flood = [engine.answer(Question(generation, random_images(8, 8), ("greek",))) for _ in range(20)]
+    wait_until(lambda: sizes == [8])
+    quiet = engine.answer(Question(generation, random_images(1, 8), ("digits",)))
+    wait_until(lambda: sizes == [8, 1])
+    go_on.set()
+    assert all(future.exception() is None for future in [*flood, quiet])
+    engine.close()
+
+
+def test_a_full_engine_has_room_for_a_quiet_task(generation: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    run = SegmentSession.run
+
+    def hold_up(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
+        assert go_on.wait(20)
+        return run(session, rows)
+
+    monkeypatch.setattr(SegmentSession, "run", hold_up)
+    engine = EmbeddedEngine(ENGINE.model_copy(update={"max_waiting_rows": 400}))
+    engine.load(generation)
+    flood = [engine.answer(Question(generation, random_images(1, 8), ("greek",))) for _ in range(200)]
+    refused = [future for future in flood if future.done()]
+    assert refused
+    assert all(isinstance(future.exception(), OverloadedError) for future in refused)
+    quiet = engine.answer(Question(generation, random_images(1, 8), ("digits",)))
+    go_on.set()
+    assert quiet.exception() is None
+    assert all(future.exception() is None for future in flood if future not in refused)
     engine.close()
 
 
@@ -159,8 +271,55 @@ def test_a_rehearsal_is_let_in_however_much_waits(generation: Generation, monkey
 def test_sessions_are_freed_with_their_last_generation(generation: Generation) -> None:
     engine = EmbeddedEngine(ENGINE)
     engine.load(generation)
-    sessions = [weakref.ref(session) for session in engine._sessions.values()]
+    sessions = [weakref.ref(session) for session in engine._memory.sessions.values()]
     engine.unload(generation)
     gc.collect()
     assert [session() for session in sessions] == [None] * len(sessions)
+    engine.close()
+
+
+def test_what_batches_were_like_is_noted(generation: Generation) -> None:
+    engine = EmbeddedEngine(ENGINE)
+    engine.load(generation)
+    brake = Brake(engine)
+    runs: list[SegmentRun] = []
+    times = RouteTimes()
+    images = random_images(2, 8)
+    first = engine.answer(Question(generation, images[:1], ("short",)))
+    assert brake.entered.wait(5)
+    # These wait for the same segment meanwhile, and run in one batch; but the last one, which nobody waits for, runs apart.
+    asked = [
+        engine.answer(Question(generation, images, (task,), times=times_, on_run=runs.append))
+        for task, times_ in (("digits", times), ("greek", None))
+    ]
+    asked.append(engine.answer(Question(generation, images, ("digits", "hebrew"), counted=False)))
+    brake.go_on.set()
+    for future in (first, *asked):
+        future.result(timeout=10)
+    stem, trunk, top, head = generation.tasks["digits"].route
+
+    def noted(name: str) -> SegmentDistributions | None:
+        return next(segment.distributions for segment in engine.statistics() if segment.name == name)
+
+    # The last batch is noted after its answer.
+    wait_until(lambda: noted(head) is not None and noted(generation.tasks["greek"].route[-1]) is not None)
+    of_stem = noted(stem)
+    assert of_stem is not None
+    assert (of_stem.batch_rows.count, of_stem.batch_rows.sum) == (2, 5)
+    assert (of_stem.batch_questions.sum, of_stem.batch_tasks.sum) == (3, 3)
+    assert of_stem.queue_seconds.count == 5
+    assert of_stem.compute_seconds.count == 2
+    assert noted(generation.tasks["hebrew"].route[-1]) is None
+    assert {run.segment for run in runs} >= {stem, trunk, top, head}
+    (of_stem_runs, of_head) = ([run for run in runs if run.segment == name] for name in (stem, head))
+    assert [(run.num_rows, run.batch_rows, run.batch_questions) for run in of_stem_runs] == [(2, 4, 2)] * 2
+    assert [(run.num_rows, run.batch_rows) for run in of_head] == [(2, 2)]
+    assert of_head[0].ended_seconds >= of_head[0].started_seconds >= of_stem_runs[0].ended_seconds
+    # Of digits' rows, which waited for the first of them all.
+    told = times.of("digits")
+    assert told is not None
+    waited, computed = told
+    assert waited >= of_stem_runs[0].waited_seconds > 0
+    assert computed >= of_stem_runs[0].ended_seconds - of_stem_runs[0].started_seconds
+    assert times.of("greek") is None
     engine.close()

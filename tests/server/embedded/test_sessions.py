@@ -9,10 +9,10 @@ import tracemalloc
 from typing import Any
 
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto
 
+from munet.runtime import onnxruntime
 from server.embedded.sessions import SegmentSession, open_session, prepare_device, probe_model
 from server.errors import DeviceError, SegmentLoadError
 from server.generation import Segment

@@ -22,13 +22,13 @@ from tritonclient.utils import InferenceServerException
 import server.front_door.server as front_door
 from munet.v1 import admin_pb2, inference_pb2
 from server.access import EVERYTHING, Role, current_grant
-from server.client import AdminClient, AsyncClient, Client, Credentials
+from server.client import AdminClient, AsyncClient, Client, Credentials, StreamQuestion
 from server.config import Limits, TokenSettings
 from server.errors import CallDeniedError, SettingsError, TaskNotFoundError
 from server.front_door.doorkeeper import ROLE_OF_METHOD
 from server.tokens import add_line, line_of, new_token
 from tests.support.repository import TASKS, RepositoryBuilder, random_images
-from tests.support.serving import ServerThread, serving, wait_until
+from tests.support.serving import Brake, ServerThread, serving, wait_until
 
 IMAGE = random_images(1, 8)[0]
 READ, INFER, ADMIN, FEW, NONE = (new_token() for _ in range(5))
@@ -131,6 +131,7 @@ CALLS = {
     "get": (Role.READ, Client, lambda client: client.get_task("digits")),
     "classify": (Role.INFER, Client, lambda client: client.classify("digits", IMAGE)),
     "tasks": (Role.INFER, Client, lambda client: client.classify_tasks(IMAGE, ["digits"])),
+    "stream": (Role.INFER, Client, lambda client: list(client.classify_stream([StreamQuestion("digits", IMAGE)]))),
     "status": (Role.ADMIN, AdminClient, lambda client: client.status()),
     "reload": (Role.ADMIN, AdminClient, lambda client: client.reload()),
 }
@@ -189,6 +190,10 @@ def test_a_task_of_others_is_one_that_does_not_exist(server: ServerThread) -> No
         assert [answer.task for answer in few.classify_tasks(IMAGE).tasks] == ["digits", "hebrew"]
         assert none.list_tasks().tasks == ()
         assert none.classify_tasks(IMAGE).tasks == ()
+        asked = [StreamQuestion(task, IMAGE) for task in ("digits", "greek", (), ["greek"])]
+        first, second, third, fourth = few.classify_stream(asked)
+        assert (first.error, [answer.task for answer in third.result.tasks]) == (None, ["digits", "hebrew"])
+        assert [type(answer.error) for answer in (second, fourth)] == [TaskNotFoundError] * 2
 
         def refusal(name: str, of: Client) -> list[str]:
             words = []
@@ -407,6 +412,26 @@ def test_a_stream_of_messages_ends_when_its_token_does(root: pathlib.Path, tmp_p
         threading.Timer(0.1, lambda: file.write_text("[tokens]\n")).start()
         assert refused(stream) == ("UNAUTHENTICATED", UNKNOWN_WORDS)
     assert 3 < sent < 2000
+
+
+def test_a_stream_whose_client_waits_for_an_answer_ends_when_its_token_does(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "tokens.toml"
+    write(file)
+    questions: queue.Queue[StreamQuestion | None] = queue.Queue()
+    with serving(root, tokens=TokenSettings(file=file)) as server, client(server, INFER) as asking:
+        answers = asking.classify_stream(iter(questions.get, None), timeout_seconds=20)
+        questions.put(StreamQuestion("digits", IMAGE))
+        assert next(answers).error is None
+        brake = Brake(server.server.engine)
+        questions.put(StreamQuestion("digits", IMAGE))
+        assert brake.entered.wait(5)
+        file.write_text("[tokens]\n")
+        wait_until(lambda: raw(server.address, LIST, (("authorization", f"Bearer {INFER}"),))[0] == "UNAUTHENTICATED")
+        brake.go_on.set()
+        # It asks no more before it has its answer, and gets none.
+        with pytest.raises(CallDeniedError):
+            next(answers)
+        questions.put(None)
 
 
 def test_refusals_are_counted_and_no_stranger_makes_new_series(

@@ -8,7 +8,6 @@ import pathlib
 import random
 import re
 import socket
-import struct
 import time
 from collections.abc import Iterator
 
@@ -18,11 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.client import Client
 from server.config import ConnectionSettings
+from tests.support.http2 import GOAWAY, PING, PREFACE, SETTINGS, connect, frame
 from tests.support.repository import DIGITS, RepositoryBuilder, random_images
 from tests.support.serving import ServerThread, serving, wait_until
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS, PING, GOAWAY = 4, 6, 7
 ENHANCE_YOUR_CALM = 11
 IMAGE = random_images(1, 8)[0]
 
@@ -63,16 +61,6 @@ def answers(server: ServerThread) -> bool:
             return False
 
 
-def connect(server: ServerThread) -> socket.socket:
-    host, _, port = server.address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
-
-
-def frame(kind: int, content: bytes = b"", flags: int = 0) -> bytes:
-    """Returns a frame of HTTP/2 that belongs to no stream."""
-    return struct.pack(">I", len(content))[1:] + bytes([kind, flags]) + bytes(4) + content
-
-
 def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
     """Yields kind and content of what the server sends, until it closes."""
     received = b""
@@ -97,11 +85,12 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def test_more_connections_than_are_borne_are_closed_as_they_come(server: ServerThread) -> None:
-    with contextlib.ExitStack() as stack:
+def test_more_connections_than_are_borne_are_closed_as_they_come(root: pathlib.Path) -> None:
+    # With time to spare: none is closed for another reason.
+    with serving(root, connections=ConnectionSettings(max_connections=6)) as server, contextlib.ExitStack() as stack:
         connections = []
         for _ in range(10):
-            connections.append(stack.enter_context(connect(server)))
+            connections.append(stack.enter_context(connect(server.address)))
             connections[-1].sendall(PREFACE + frame(SETTINGS))
         wait_until(lambda: sum(map(is_closed, connections)) == 4)
         assert [is_closed(connection) for connection in connections] == [False] * 6 + [True] * 4
@@ -112,7 +101,7 @@ def test_more_connections_than_are_borne_are_closed_as_they_come(server: ServerT
 def test_a_connection_that_is_never_set_up_is_closed(root: pathlib.Path, content: bytes) -> None:
     with serving(root, connections=ConnectionSettings(handshake_seconds=0.5)) as patient:
         started = time.monotonic()
-        with connect(patient) as connection:
+        with connect(patient.address) as connection:
             connection.sendall(content)
             assert GOAWAY in [kind for kind, _ in frames(connection)] or is_closed(connection)
         assert 0.3 < time.monotonic() - started < 5
@@ -121,7 +110,7 @@ def test_a_connection_that_is_never_set_up_is_closed(root: pathlib.Path, content
 def test_one_that_answers_no_question_whether_it_lives_is_closed(server: ServerThread) -> None:
     """As where a machine was switched off: nothing comes from it, not even the end."""
     started = time.monotonic()
-    with connect(server) as connection:
+    with connect(server.address) as connection:
         connection.sendall(PREFACE + frame(SETTINGS) + frame(SETTINGS, flags=1))
         kinds = [kind for kind, _ in frames(connection)]
     assert PING in kinds
@@ -129,7 +118,7 @@ def test_one_that_answers_no_question_whether_it_lives_is_closed(server: ServerT
 
 
 def test_a_flood_of_pings_is_ended(server: ServerThread) -> None:
-    with connect(server) as connection:
+    with connect(server.address) as connection:
         connection.sendall(PREFACE + frame(SETTINGS) + frame(SETTINGS, flags=1))
         with contextlib.suppress(ConnectionError):
             for number in range(1000):
@@ -150,7 +139,7 @@ def test_a_flood_of_pings_is_ended(server: ServerThread) -> None:
     ],
 )
 def test_what_is_no_call_is_ended_without_a_word_of_what_is_inside(server: ServerThread, content: bytes) -> None:
-    with connect(server) as connection:
+    with connect(server.address) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(content)
         connection.settimeout(5)
@@ -164,7 +153,7 @@ def test_what_is_no_call_is_ended_without_a_word_of_what_is_inside(server: Serve
 def test_random_bytes_on_many_connections(server: ServerThread) -> None:
     rng = random.Random(7)
     for _ in range(40):
-        with contextlib.suppress(OSError), connect(server) as connection:
+        with contextlib.suppress(OSError), connect(server.address) as connection:
             connection.sendall((PREFACE if rng.random() < 0.5 else b"") + rng.randbytes(rng.randrange(2000)))
 
 
@@ -205,7 +194,7 @@ def test_an_idle_connection_is_closed_and_its_client_opens_another(root: pathlib
     with (
         serving(root, connections=ConnectionSettings(idle_seconds=0.5)) as idle,
         Client(idle.address) as client,
-        connect(idle) as connection,
+        connect(idle.address) as connection,
     ):
         connection.sendall(PREFACE + frame(SETTINGS) + frame(SETTINGS, flags=1))
         assert client.list_tasks().tasks

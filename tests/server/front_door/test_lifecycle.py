@@ -6,6 +6,7 @@ import asyncio
 import pathlib
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import grpc
@@ -102,6 +103,25 @@ def test_the_engines_bound_reaches_the_caller(builder: RepositoryBuilder) -> Non
         brake.go_on.set()
         first.join()
         assert client.classify("digits", IMAGES[0]).classifications
+
+
+def test_a_client_comes_back_when_it_was_told_to(builder: RepositoryBuilder) -> None:
+    engine = ENGINE.model_copy(update={"max_waiting_rows": 100})
+    with serving(builder.root, engine=engine, metrics_listen="127.0.0.1:0") as server, Client(server.address) as client:
+        brake = Brake(server.server.engine)
+        asking = [threading.Thread(target=client.classify, args=("digits", list(IMAGES)))]
+        asking[0].start()
+        assert brake.entered.wait(5)
+        results: list[object] = []
+        asking.append(threading.Thread(target=lambda: results.append(client.classify("digits", IMAGES[0]))))
+        asking[1].start()
+        refused = 'munet_calls_total{method="InferenceService/Classify",status="RESOURCE_EXHAUSTED"} '
+        metrics = f"http://{server.server.metrics_address}/metrics"
+        wait_until(lambda: refused in urllib.request.urlopen(metrics).read().decode())
+        brake.go_on.set()
+        for thread in asking:
+            thread.join()
+        assert len(results) == 1
 
 
 def check_health(address: str, service: str) -> str:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from server import errors
-from server.front_door.status import LOST_TEXT, STATUS_OF_ERROR, status_of, trailing_metadata_of, words_of
+from server.front_door.status import DETAILS_KEY, LOST_TEXT, STATUS_OF_ERROR, status_of, trailing_metadata_of, words_of
 
 
 def test_each_error_has_the_status_of_its_most_special_class() -> None:
@@ -18,7 +19,16 @@ def test_each_error_has_the_status_of_its_most_special_class() -> None:
 
 
 def test_overload_comes_with_a_hint() -> None:
-    assert trailing_metadata_of(errors.OverloadedError("rows", 5, 4, 0.25)) == (("retry-after-ms", "250"),)
+    error = errors.OverloadedError("rows", 5, 4, 0.25)
+    plain, (key, details) = trailing_metadata_of(error)
+    assert plain == ("retry-after-ms", "250")
+    assert key == DETAILS_KEY
+    assert isinstance(details, bytes)
+    status = status_pb2.Status.FromString(details)
+    assert (status.code, status.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], str(error))
+    hint = error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(hint)
+    assert hint.retry_delay.ToTimedelta().total_seconds() == 0.25
     assert trailing_metadata_of(errors.DeadlineError()) == ()
 
 
