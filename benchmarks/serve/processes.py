@@ -16,6 +16,9 @@ from typing import Any
 
 from benchmarks.reporting import TOP, rounded
 
+HEAP_BYTES = 64 * 2**20
+"""Of glibc, on 64 bits, for threads other than the first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Server:
@@ -114,6 +117,21 @@ def memory(processes: Sequence[int]) -> dict[str, float]:
 def resident_bytes(pid: int) -> int:
     """Returns a process's resident memory."""
     return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_by_kind(pid: int) -> dict[str, float]:
+    """Returns a process's resident memory in MiB by what it is: mapped files, glibc's heaps, and the rest, such as large tensors."""
+    kinds = {"files": 0, "heaps": 0, "other": 0}
+    kind = "other"
+    for line in pathlib.Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        fields = line.split()
+        if re.fullmatch("[0-9a-f]+-[0-9a-f]+", fields[0]):
+            # Heaps other than the first begin at a multiple of their greatest size.
+            is_heap = fields[5:] == ["[heap]"] or (not fields[5:] and int(fields[0].partition("-")[0], 16) % HEAP_BYTES == 0)
+            kind = "heaps" if is_heap else "files" if fields[5:] and fields[5].startswith("/") else "other"
+        elif fields[0] == "Rss:":
+            kinds[kind] += int(fields[1])
+    return {name: rounded(kib / 1024) for name, kib in kinds.items()}
 
 
 def num_open(pid: int) -> dict[str, int]:

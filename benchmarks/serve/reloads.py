@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.published import SMOKE, TINY, Own, Published, System, make_current
 from benchmarks.reporting import Target, rounded
-from benchmarks.serve.processes import Server, num_open, resident_bytes, server_process
+from benchmarks.serve.processes import Server, num_open, resident_by_kind, resident_bytes, server_process
 from benchmarks.serve.sides import Logits, Pixels, loaded_engine, random_images
 from benchmarks.serve.workbench import Effort, Workbench
 from server.client import AsyncAdminClient, AsyncClient, CallError
@@ -43,6 +43,8 @@ LOAD = 1 / 3
 MOST_OPEN = 32
 SAMPLES = 10
 """Reloads after which memory is looked at, at either end."""
+MARKS = (10, 20, 50, 100, 200, 500, 1000)
+"""Reloads after which memory is reported."""
 LONGEST_PAUSE_SECONDS = 0.2
 MOST_P99 = 1.2
 TORN = 1e-5
@@ -64,6 +66,7 @@ class Record:
         torn: answers.
         largest_difference: of a logit from what it should be, torn answers apart.
         resident: bytes after each reload.
+        kinds: what is resident after the reloads of `MARKS`, in MiB by kind.
         open: files and threads after some.
     """
 
@@ -74,6 +77,7 @@ class Record:
     torn: int = 0
     largest_difference: float = 0.0
     resident: list[int] = dataclasses.field(default_factory=list)
+    kinds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     open: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     def p99(self, during: bool) -> float:
@@ -122,10 +126,11 @@ def measure(bench: Workbench) -> None:
     )
     ratio = statistics.median(last) / statistics.median(first)
     bench.report.figure("S8", ratio, Target("<=", 1.02))
-    marks = [mark for mark in (10, 20, 50, 100, 200, 500, 1000) if mark <= len(record.resident)]
+    marks = [mark for mark in MARKS if mark <= len(record.resident)]
     bench.report.line(
         figure="S8",
         rss_mib={str(mark): rounded(record.resident[mark - 1] / 2**20) for mark in marks},
+        kinds_mib=record.kinds,
         open={"first": record.open[0], "last": record.open[-1]},
         ratio=rounded(ratio),
     )
@@ -180,6 +185,8 @@ async def reload_under_load(server: Server, models: Published, images: Pixels, e
             # As long again without a reload, for comparison.
             await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, time.perf_counter() - begun))
             record.resident.append(resident_bytes(server.process_id))
+            if count in MARKS:
+                record.kinds[str(count)] = resident_by_kind(server.process_id)
             if count % SAMPLES == 0:
                 record.open.append(num_open(server.process_id))
         stop.set()

@@ -74,6 +74,12 @@ def test_serve(tmp_path, warm_python):
     seventh = next(line for line in lines if "torn" in line)
     assert seventh["reloads"] == 20
     assert seventh["answers"] > 20
+    eighth = next(line for line in lines if "kinds_mib" in line)
+    assert {"10", "20"} == eighth["kinds_mib"].keys() == eighth["rss_mib"].keys()
+    for mark, kinds in eighth["kinds_mib"].items():
+        # The system counts in two ways.
+        assert sum(kinds.values()) == pytest.approx(eighth["rss_mib"][mark], rel=0.2)
+        assert min(kinds.values()) > 0
     null = next(line for line in lines if "share_of_echo" in line)
     assert null["cpu_us_per_request"].keys() == {"echo", "front door", "with engine"}
 
