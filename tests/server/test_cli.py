@@ -266,7 +266,7 @@ def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: Re
         brake = Brake(server.server.engine)
         with concurrent.futures.ThreadPoolExecutor() as threads, Client(server.address) as client:
             asking = threads.submit(client.classify, "digits", random_images(1, 8)[0])
-            assert brake.entered.wait(5)
+            assert brake.entered.wait(60)
             status, _, err = run_here(capsys, "drain", *admin, "--timeout", 0.2)
             assert (status, err) == (2, "munet-server: 1 call still in flight after 0.2 s; it takes no new ones\n")
             brake.go_on.set()

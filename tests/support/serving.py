@@ -120,13 +120,13 @@ class Brake:
     def _slow(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def slow(rows: Any) -> Any:
             self.entered.set()
-            self.go_on.wait(20)
+            self.go_on.wait(60)
             return run(rows)
 
         return slow
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline

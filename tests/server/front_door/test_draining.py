@@ -40,7 +40,7 @@ def test_what_is_in_flight_finishes_and_nothing_new_begins(builder: RepositoryBu
     ):
         brake = Brake(server.server.engine)
         asking = threads.submit(client.classify, "digits", IMAGE)
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         # Whoever stops waiting leaves it as it is.
         with pytest.raises(CallTimeoutError):
             admin.drain(timeout_seconds=0.2)
@@ -87,7 +87,7 @@ def test_who_waits_is_told_that_somebody_cancelled(builder: RepositoryBuilder) -
     ):
         brake = Brake(server.server.engine)
         asking = threads.submit(client.classify, "digits", IMAGE)
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         waiting = [threads.submit(admin.drain) for _ in range(2)]
         wait_until(lambda: admin.status().draining)
         assert admin.drain(cancel=True) is False
@@ -107,7 +107,7 @@ def test_a_server_that_is_full_can_still_be_told_what_to_do(builder: RepositoryB
     ):
         brake = Brake(server.server.engine)
         asking = threads.submit(client.classify, "digits", IMAGE)
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         with pytest.raises(ServerBusyError):
             client.classify("digits", IMAGE)
         assert admin.status().num_in_flight == 1

@@ -52,7 +52,7 @@ def test_cancelled_calls_cost_nothing_and_disturb_nobody(builder: RepositoryBuil
     async def ask(address: str, brake: Brake) -> list[np.ndarray]:
         async with AsyncClient(address) as client:
             calls = [asyncio.ensure_future(client.classify("digits", IMAGES[0], include_logits=True)) for _ in range(1000)]
-            await asyncio.to_thread(brake.entered.wait, 5)
+            await asyncio.to_thread(brake.entered.wait, 60)
             await asyncio.sleep(0.5)
             for index, call in enumerate(calls):
                 if index % 100:
@@ -97,7 +97,7 @@ def test_the_engines_bound_reaches_the_caller(builder: RepositoryBuilder) -> Non
         brake = Brake(server.server.engine)
         first = threading.Thread(target=client.classify, args=("digits", list(IMAGES)))
         first.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         with pytest.raises(ServerBusyError, match="expected at most 100"):
             client.classify("digits", IMAGES[0])
         brake.go_on.set()
@@ -111,7 +111,7 @@ def test_a_client_comes_back_when_it_was_told_to(builder: RepositoryBuilder) -> 
         brake = Brake(server.server.engine)
         asking = [threading.Thread(target=client.classify, args=("digits", list(IMAGES)))]
         asking[0].start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         results: list[object] = []
         asking.append(threading.Thread(target=lambda: results.append(client.classify("digits", IMAGES[0]))))
         asking[1].start()
@@ -181,7 +181,7 @@ def test_shutdown_finishes_what_is_in_flight_and_refuses_what_is_new(builder: Re
         brake = Brake(server.server.engine)
         asking = threading.Thread(target=ask, args=(server.address,))
         asking.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         threading.Timer(0.3, brake.go_on.set).start()
     asking.join()
     assert len(results) == 1
@@ -203,7 +203,7 @@ def test_shutdown_does_not_wait_for_ever(builder: RepositoryBuilder) -> None:
         brake = Brake(server.server.engine)
         asking = threading.Thread(target=ask, args=(server.address,))
         asking.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         threading.Timer(1.0, brake.go_on.set).start()
     asking.join()
     assert len(errors) == 1

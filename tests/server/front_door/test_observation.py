@@ -153,7 +153,7 @@ def test_status_has_the_same_with_details(server: ServerThread) -> None:
 def test_requests_in_flight_are_seen(server: ServerThread, channel: grpc.Channel) -> None:
     brake = Brake(server.server.engine)
     call = channel.unary_unary(CLASSIFY).future(request(), timeout=20)
-    assert brake.entered.wait(5)
+    assert brake.entered.wait(60)
     assert sample(server, "munet_requests_in_flight") == 1
     assert sample(server, "munet_request_bytes_in_flight") == len(request())
     brake.go_on.set()
