@@ -280,7 +280,7 @@ def test_a_stream_has_a_deadline_if_it_is_given_one(server: ServerThread, client
         yield StreamQuestion("digits", IMAGES[0])
         held.get(timeout=20)
 
-    answers = client.classify_stream(questions(), timeout_seconds=2)
+    answers = client.classify_stream(questions(), timeout_seconds=4)
     assert next(answers).error is None
     with pytest.raises(CallTimeoutError):
         next(answers)
