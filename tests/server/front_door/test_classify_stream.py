@@ -73,7 +73,7 @@ class Stream:
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.Queue[Any] = queue.Queue()
         self.num_taken = 0
-        self.answers = inference_pb2_grpc.InferenceServiceStub(channel).ClassifyStream(self._take(), timeout=30)
+        self.answers = inference_pb2_grpc.InferenceServiceStub(channel).ClassifyStream(self._take(), timeout=240)
 
     def _take(self) -> Iterator[Any]:
         for request in iter(self._requests.get, None):

@@ -32,7 +32,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> RepositoryBuilder:
 class Stream:
     """A stream whose messages a test sends one by one."""
 
-    def __init__(self, channel: grpc.Channel, timeout: float = 30) -> None:
+    def __init__(self, channel: grpc.Channel, timeout: float = 240) -> None:
         self._requests: queue.Queue[Any] = queue.Queue()
         self.num_taken = 0
         self.call = Stub(channel).ModelStreamInfer(self._take(), timeout=timeout)
