@@ -9,7 +9,12 @@ import signal
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# Whether an example took 200 ms, or ten of them a second to draw, says what else this machine did, and nothing of what is tested.
+hypothesis.settings.register_profile("any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any speed")
 
 # Read when torch loads, as `munet-evolve` sets it: tests run beside each other, and threads that wait in a busy loop take the others' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

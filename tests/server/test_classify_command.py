@@ -94,7 +94,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     ("arguments", "words"),
     [
         (("--task", "digit", "photos"), "did you mean 'digits'?"),
-        (("--server", "127.0.0.1:1", "--timeout", "0.2", "photos"), "is `munet-server serve` running there?"),
+        (("--server", "127.0.0.1:1", "--timeout", "30", "photos"), "is `munet-server serve` running there?"),
         (("--output", "nowhere/answers", "photos"), "--output: found 'nowhere/answers', expected a file that can be written"),
         (("photos", "photos/*.gif"), "IMAGE: found 'photos/*.gif', expected files that fit it"),
         (("--format", "xml", "photos"), "text"),

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+import types
 import urllib.request
 from collections.abc import Iterator
 
@@ -23,8 +23,9 @@ from server.config import ServerSettings
 from server.embedded.sessions import open_session, probe_model
 from server.triton.process import TritonProcess
 from tests.support.images import encode
+from tests.support.ports import lasting_port
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
-from tests.support.serving import Brake, run_here, serving
+from tests.support.serving import Brake, run_here, serving, wait_until
 from tests.support.triton import triton_settings
 
 READY = re.compile(
@@ -37,7 +38,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -101,7 +102,7 @@ def test_serve_answer_watch_and_stop(
         assert 'munet_calls_total{method="InferenceService/Classify",status="NOT_FOUND"} 1.0' in metrics
 
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(120) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -113,22 +114,21 @@ def test_signals_under_load_lose_no_answer(builder: RepositoryBuilder, number: s
     def ask(address: str) -> None:
         with Client(address) as client:
             while True:
-                sent = time.monotonic()
                 try:
                     client.classify("digits", image, timeout_seconds=10)
                     outcomes.append("answered")
                 except Exception as error:
-                    outcomes.append("refused" if stopped.is_set() and sent else repr(error))
+                    outcomes.append("refused" if stopped.is_set() else repr(error))
                     return
 
     with served(builder.root) as server:
         callers = [threading.Thread(target=ask, args=(server.address,)) for _ in range(4)]
         for caller in callers:
             caller.start()
-        time.sleep(0.3)
+        wait_until(lambda: len(outcomes) >= 40)
         stopped.set()
         server.process.send_signal(number)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(120) == 0
         for caller in callers:
             caller.join()
         assert "Traceback" not in server.process.stderr.read()
@@ -137,10 +137,11 @@ def test_signals_under_load_lose_no_answer(builder: RepositoryBuilder, number: s
 
 
 def test_killed_and_started_again_on_the_same_address(builder: RepositoryBuilder) -> None:
-    with served(builder.root) as server:
-        address = server.address
+    address = f"127.0.0.1:{lasting_port()}"
+    with served(builder.root, "--listen", address) as server:
+        assert server.address == address
         os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(20)
+        server.process.wait(120)
     with served(builder.root, "--listen", address) as server, AdminClient(server.admin) as admin:
         assert server.address == address
         assert admin.status().generation == 1
@@ -239,6 +240,16 @@ def test_tritons_that_cannot_be_are_told_with_status_2(
     assert words in err
 
 
+def watched(capsys: pytest.CaptureFixture[str], address: str, *arguments: str) -> str:
+    """Returns what `watch` says within half a second, or, where that is too short for it to say anything, in ten times as long."""
+    for seconds in (0.5, 5.0, 50.0):
+        status, out, err = run_here(capsys, "watch", "--server", address, "--timeout", seconds, *arguments)
+        assert (status, err) == (0, "")
+        if out:
+            break
+    return out
+
+
 def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: RepositoryBuilder) -> None:
     builder.publish({"digits": HEBREW})
     builder.publish({"digits": DIGITS}, current=False)
@@ -247,12 +258,8 @@ def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: Re
         admin = ("--admin", server.admin_address)
         out = run_here(capsys, "status", *admin)[1]
         assert "kept generations: 1 2 3\ncanary: generation 3, 20 %, 50 % of digits; 0 requests\n" in out
-        assert run_here(capsys, "watch", "--server", server.address, "--timeout", 0.5) == (
-            0,
-            "generation 2: +digits (0 unchanged)\n",
-            "",
-        )
-        out = run_here(capsys, "watch", "--server", server.address, "--timeout", 0.5, "--json")[1]
+        assert watched(capsys, server.address) == "generation 2: +digits (0 unchanged)\n"
+        out = watched(capsys, server.address, "--json")
         assert [json.loads(line)["generation"] for line in out.splitlines()] == [2]
         words = "serving generation 1 instead of 2, until CURRENT changes or `munet-server reload`\n"
         assert run_here(capsys, "rollback", *admin) == (0, words, "")
@@ -266,21 +273,31 @@ def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: Re
         brake = Brake(server.server.engine)
         with concurrent.futures.ThreadPoolExecutor() as threads, Client(server.address) as client:
             asking = threads.submit(client.classify, "digits", random_images(1, 8)[0])
-            assert brake.entered.wait(5)
+            assert brake.entered.wait(60)
             status, _, err = run_here(capsys, "drain", *admin, "--timeout", 0.2)
             assert (status, err) == (2, "munet-server: 1 call still in flight after 0.2 s; it takes no new ones\n")
             brake.go_on.set()
             assert asking.result(10).generation == 3
 
 
-def test_top_shows_what_is_asked_and_computed(capsys: pytest.CaptureFixture[str], builder: RepositoryBuilder) -> None:
+def test_top_shows_what_is_asked_and_computed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, builder: RepositoryBuilder
+) -> None:
     stop = threading.Event()
+    answered: list[object] = []
+    intervals: list[float] = []
 
     def ask(address: str) -> None:
         with Client(address) as client:
             while not stop.is_set():
-                client.classify_tasks(random_images(1, 8)[0], ["digits", "greek"])
+                answered.append(client.classify_tasks(random_images(1, 8)[0], ["digits", "greek"]))
 
+    def sleep(seconds: float) -> None:
+        intervals.append(seconds)
+        enough = len(answered) + 10
+        wait_until(lambda: len(answered) >= enough)
+
+    monkeypatch.setattr("server.top.time", types.SimpleNamespace(sleep=sleep))
     with serving(builder.root) as server:
         asking = threading.Thread(target=ask, args=(server.address,))
         asking.start()
@@ -292,7 +309,7 @@ def test_top_shows_what_is_asked_and_computed(capsys: pytest.CaptureFixture[str]
             asking.join()
     (line,) = out.splitlines()
     rates = json.loads(line)
-    assert (status, shown_status) == (0, 0)
+    assert (status, shown_status, intervals) == (0, 0, [0.3, 0.2])
     assert [task["name"] for task in rates["tasks"]] == ["digits", "greek"]
     assert all(task["requests_per_second"] > 0 and task["latency_p99_seconds"] > 0 for task in rates["tasks"])
     saved = {segment["name"]: segment["saved_share"] for segment in rates["segments"]}
@@ -306,7 +323,7 @@ def test_logs_are_json_if_asked_for(builder: RepositoryBuilder) -> None:
         with Client(server.address) as client:
             client.classify("digits", random_images(1, 8)[0])
         server.process.terminate()
-        _, err = server.process.communicate(timeout=20)
+        _, err = server.process.communicate(timeout=120)
     lines = [json.loads(line) for line in err.splitlines()]
     assert {"server.reload", "server.access_log"} <= {line["logger"] for line in lines}
     (access,) = [line for line in lines if line["logger"] == "server.access_log"]

@@ -58,7 +58,7 @@ def test_what_nobody_waits_for_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -
     def slow(data: bytes, limits: Any) -> Any:
         decoded.append(data)
         begun.set()
-        go_on.wait(5)
+        go_on.wait(60)
         return decode(data, limits)
 
     monkeypatch.setattr(module, "decode", slow)
@@ -66,7 +66,7 @@ def test_what_nobody_waits_for_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -
 
     async def ask() -> None:
         waiting = asyncio.create_task(preprocessor.to_rows([EncodedImage(encode(PIXELS))] * 20, [8], "images[{index}]"))
-        await asyncio.to_thread(begun.wait, 5)
+        await asyncio.to_thread(begun.wait, 60)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -87,7 +87,7 @@ def test_one_image_does_not_wait_for_all_of_a_flood(monkeypatch: pytest.MonkeyPa
     def slow(data: bytes, limits: Any) -> Any:
         decoded.append(data)
         begun.set()
-        go_on.wait(5)
+        go_on.wait(60)
         return decode(data, limits)
 
     monkeypatch.setattr(module, "decode", slow)
@@ -98,7 +98,7 @@ def test_one_image_does_not_wait_for_all_of_a_flood(monkeypatch: pytest.MonkeyPa
         flood = [
             asyncio.create_task(preprocessor.to_rows([EncodedImage(loud)] * 20, [8], "images[{index}]", "loud")) for _ in range(2)
         ]
-        await asyncio.to_thread(begun.wait, 5)
+        await asyncio.to_thread(begun.wait, 60)
         single = asyncio.create_task(preprocessor.to_rows([EncodedImage(quiet)], [8], "image", "quiet"))
         left = asyncio.create_task(preprocessor.to_rows([EncodedImage(b"nobody waits for it")], [8], "image", "quiet"))
         await asyncio.sleep(0)

@@ -276,7 +276,7 @@ def test_reloads_do_not_block_the_loop(builder: RepositoryBuilder, engine: Embed
 
     def slow(generation: Generation) -> None:
         loading.set()
-        go_on.wait(5)
+        go_on.wait(60)
         load(generation)
 
     async def test(watched: Watched) -> None:

@@ -169,7 +169,7 @@ class Loads:
 
     def _slow(self, generation: Generation) -> None:
         self.begun.set()
-        assert self.go_on.wait(5)
+        assert self.go_on.wait(60)
         self._load(generation)
 
 

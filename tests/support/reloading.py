@@ -41,6 +41,6 @@ def run(builder: RepositoryBuilder, engine: EmbeddedEngine, test: Callable[[Watc
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)

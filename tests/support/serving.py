@@ -8,6 +8,7 @@ import pathlib
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import uvloop
 
 from server.cli import RunningServer, main, running_server
 from server.config import EngineSettings, Limits, ServerSettings
+from server.front_door import draining
 
 # One thread: this process also makes ONNX Runtime sessions of other kinds, which a global thread pool would forbid.
 ENGINE = EngineSettings(threads=1, workers=1, max_waiting_rows=10_000_000)
@@ -98,6 +100,26 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[in
     return status, *capsys.readouterr()
 
 
+class HeldPause:
+    """The pause between health's word and the end of questions: it ends when it is told to, however long it was to be.
+
+    Attributes:
+        over: ends it.
+        asked_seconds: how long each was to be.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.over = threading.Event()
+        self.asked_seconds: list[float] = []
+        patch.setattr(draining, "asyncio", types.SimpleNamespace(**vars(asyncio) | {"sleep": self._sleep}))
+
+    async def _sleep(self, seconds: float) -> None:
+        self.asked_seconds.append(seconds)
+        async with asyncio.timeout(60):
+            while not self.over.is_set():
+                await asyncio.sleep(0.005)
+
+
 class ManualClock:
     """A clock that goes forward only when told."""
 
@@ -120,13 +142,13 @@ class Brake:
     def _slow(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def slow(rows: Any) -> Any:
             self.entered.set()
-            self.go_on.wait(20)
+            self.go_on.wait(60)
             return run(rows)
 
         return slow
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline

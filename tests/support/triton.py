@@ -125,7 +125,7 @@ def triton_settings(repository: pathlib.Path, *tritons: TritonProcess, **overrid
     triton: dict[str, Any] = {
         "endpoints": [process.addresses.grpc for process in tritons],
         "probe_interval_seconds": 0.1,
-        "start_seconds": 10.0,
+        "start_seconds": 60.0,
     }
     return server_settings(repository, engine=ENGINE.model_copy(update={"kind": "triton"}), triton=triton | overrides)
 

@@ -88,7 +88,7 @@ def test_costs_are_measured_and_deadlines_refused_by_them(generation: Generation
     for session in engine._memory.sessions.values():
 
         def slow(rows: np.ndarray, run: Callable[[np.ndarray], np.ndarray] = session.run) -> np.ndarray:
-            assert go_on.wait(20)
+            assert go_on.wait(60)
             clock.now_seconds += 1
             return run(rows)
 
@@ -127,7 +127,7 @@ def test_a_quiet_task_runs_beside_a_flood(generation: Generation, monkeypatch: p
 
     def hold_up(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
         sizes.append(len(rows))
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return run(session, rows)
 
     monkeypatch.setattr(SegmentSession, "run", hold_up)
@@ -147,7 +147,7 @@ def test_a_full_engine_has_room_for_a_quiet_task(generation: Generation, monkeyp
     run = SegmentSession.run
 
     def hold_up(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return run(session, rows)
 
     monkeypatch.setattr(SegmentSession, "run", hold_up)
@@ -251,7 +251,7 @@ def test_a_rehearsal_is_let_in_however_much_waits(generation: Generation, monkey
     run = SegmentSession.run
 
     def hold_up(session: SegmentSession, rows: np.ndarray) -> np.ndarray:
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return run(session, rows)
 
     monkeypatch.setattr(SegmentSession, "run", hold_up)
@@ -286,7 +286,7 @@ def test_what_batches_were_like_is_noted(generation: Generation) -> None:
     times = RouteTimes()
     images = random_images(2, 8)
     first = engine.answer(Question(generation, images[:1], ("short",)))
-    assert brake.entered.wait(5)
+    assert brake.entered.wait(60)
     # These wait for the same segment meanwhile, and run in one batch; but the last one, which nobody waits for, runs apart.
     asked = [
         engine.answer(Question(generation, images, (task,), times=times_, on_run=runs.append))

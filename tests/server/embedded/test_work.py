@@ -71,7 +71,7 @@ def test_a_flood_beside_others_gives_way(generation: Generation, runs: list[tupl
         engine.answer(Question(generation, random_images(1, 8), ("digits",)))
         for _ in range(8 * ENGINE.max_batch_rows + 10 * MANY_TIMES)
     ]
-    assert brake.entered.wait(10)
+    assert brake.entered.wait(60)
     quiet = engine.answer(Question(generation, random_images(1, 8), ("hebrew",)))
     brake.go_on.set()
     for future in (quiet, *flood):
@@ -112,7 +112,7 @@ def test_rehearsals_hold_no_question_up(generation: Generation, num_images: int)
     engine.load(generation)
     brake = Brake(engine)
     rehearsals = [engine.answer(Question(generation, random_images(1, 8), ("digits",), counted=False)) for _ in range(4)]
-    assert brake.entered.wait(10)
+    assert brake.entered.wait(60)
     # From here on only rehearsals are held.
     let_go = threading.Event()
     for name, session in engine._memory.sessions.items():
@@ -142,7 +142,7 @@ def test_a_rehearsal_keeps_no_question_out(generation: Generation) -> None:
     engine.load(generation)
     brake = Brake(engine)
     rehearsal = engine.answer(Question(generation, random_images(64, 8), ("digits", "hebrew"), counted=False))
-    assert brake.entered.wait(10)
+    assert brake.entered.wait(60)
     asked = engine.answer(Question(generation, random_images(12, 8), ("digits",)))
     assert not asked.done()
     brake.go_on.set()
@@ -156,7 +156,7 @@ def test_closing_ends_rehearsals(generation: Generation) -> None:
     engine.load(generation)
     brake = Brake(engine)
     rehearsals = [engine.answer(Question(generation, random_images(8, 8), ("digits",), counted=False)) for _ in range(20)]
-    assert brake.entered.wait(10)
+    assert brake.entered.wait(60)
     closing = threading.Thread(target=engine.close)
     closing.start()
     wait_until(lambda: any(future.done() for future in rehearsals))

@@ -424,7 +424,7 @@ def test_a_stream_whose_client_waits_for_an_answer_ends_when_its_token_does(root
         assert next(answers).error is None
         brake = Brake(server.server.engine)
         questions.put(StreamQuestion("digits", IMAGE))
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         file.write_text("[tokens]\n")
         wait_until(lambda: raw(server.address, LIST, (("authorization", f"Bearer {INFER}"),))[0] == "UNAUTHENTICATED")
         brake.go_on.set()

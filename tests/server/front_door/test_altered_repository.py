@@ -209,6 +209,7 @@ def test_a_publisher_that_writes_nonsense_all_the_time_disturbs_nobody(scene: Sc
     with AdminClient(scene.server.admin_address) as admin:
         number = admin.status().generation
         with Background([ask]):
+            wait_until(lambda: bool(seen))
             for round_number in range(60):
                 ALTERATIONS[list(ALTERATIONS)[round_number % 10]](scene)
                 if round_number % 7 == 0:

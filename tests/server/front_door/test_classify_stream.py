@@ -73,7 +73,7 @@ class Stream:
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.Queue[Any] = queue.Queue()
         self.num_taken = 0
-        self.answers = inference_pb2_grpc.InferenceServiceStub(channel).ClassifyStream(self._take(), timeout=30)
+        self.answers = inference_pb2_grpc.InferenceServiceStub(channel).ClassifyStream(self._take(), timeout=240)
 
     def _take(self) -> Iterator[Any]:
         for request in iter(self._requests.get, None):
@@ -280,7 +280,7 @@ def test_a_stream_has_a_deadline_if_it_is_given_one(server: ServerThread, client
         yield StreamQuestion("digits", IMAGES[0])
         held.get(timeout=20)
 
-    answers = client.classify_stream(questions(), timeout_seconds=2)
+    answers = client.classify_stream(questions(), timeout_seconds=4)
     assert next(answers).error is None
     with pytest.raises(CallTimeoutError):
         next(answers)

@@ -34,15 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def server(root: pathlib.Path) -> Iterator[ServerThread]:
-    bounds = ConnectionSettings(
-        max_connections=6,
-        max_calls=3,
-        max_metadata_bytes=4096,
-        handshake_seconds=0.5,
-        keepalive_seconds=1.0,
-        keepalive_timeout_seconds=0.5,
-    )
-    with serving(root, connections=bounds) as server:
+    with serving(root, connections=ConnectionSettings(max_connections=6, max_calls=3, max_metadata_bytes=4096)) as server:
         yield server
 
 
@@ -104,17 +96,21 @@ def test_a_connection_that_is_never_set_up_is_closed(root: pathlib.Path, content
         with connect(patient.address) as connection:
             connection.sendall(content)
             assert GOAWAY in [kind for kind, _ in frames(connection)] or is_closed(connection)
-        assert 0.3 < time.monotonic() - started < 5
+        assert 0.3 < time.monotonic() - started < 9
 
 
-def test_one_that_answers_no_question_whether_it_lives_is_closed(server: ServerThread) -> None:
+def test_one_that_answers_no_question_whether_it_lives_is_closed(root: pathlib.Path) -> None:
     """As where a machine was switched off: nothing comes from it, not even the end."""
-    started = time.monotonic()
-    with connect(server.address) as connection:
-        connection.sendall(PREFACE + frame(SETTINGS) + frame(SETTINGS, flags=1))
-        kinds = [kind for kind, _ in frames(connection)]
-    assert PING in kinds
-    assert 1.0 < time.monotonic() - started < 8
+    bounds = ConnectionSettings(keepalive_seconds=1.0, keepalive_timeout_seconds=0.5)
+    with serving(root, connections=bounds) as doubting:
+        started = time.monotonic()
+        with connect(doubting.address) as connection:
+            connection.settimeout(30)
+            connection.sendall(PREFACE + frame(SETTINGS) + frame(SETTINGS, flags=1))
+            kinds = [kind for kind, _ in frames(connection)]
+        assert PING in kinds
+        # By itself gRPC waits a minute for the answer.
+        assert 1.0 < time.monotonic() - started < 30
 
 
 def test_a_flood_of_pings_is_ended(server: ServerThread) -> None:
@@ -142,7 +138,7 @@ def test_what_is_no_call_is_ended_without_a_word_of_what_is_inside(server: Serve
     with connect(server.address) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(content)
-        connection.settimeout(5)
+        connection.settimeout(30)
         received = b""
         with contextlib.suppress(ConnectionError):
             while part := connection.recv(65536):
@@ -168,9 +164,9 @@ def test_calls_of_one_connection_beyond_the_bound_wait_at_the_client(server: Ser
         # On a connection of its own, as another client has.
         options = (("grpc.use_local_subchannel_pool", 1),)
         with grpc.insecure_channel(server.address, options) as other:
-            assert health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            assert health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest(), timeout=30)
         watches[0].cancel()
-        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +180,9 @@ def test_calls_of_one_connection_beyond_the_bound_wait_at_the_client(server: Ser
 def test_metadata_is_bounded(server: ServerThread, metadata: tuple[tuple[str, str | bytes], ...]) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        assert stub.Check(health_pb2.HealthCheckRequest(), metadata=(("x", "y" * 3000),), timeout=5)
+        assert stub.Check(health_pb2.HealthCheckRequest(), metadata=(("x", "y" * 3000),), timeout=30)
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=5)
+            stub.Check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=30)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

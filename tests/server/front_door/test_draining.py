@@ -13,7 +13,7 @@ from server.client import AdminClient, Client
 from server.config import Limits
 from server.errors import CallTimeoutError, ServerBusyError, ServerUnreachableError
 from tests.support.repository import HEBREW, RepositoryBuilder, random_images
-from tests.support.serving import Brake, serving, wait_until
+from tests.support.serving import Brake, HeldPause, ServerThread, serving, wait_until
 
 IMAGE = random_images(1, 8)[0]
 
@@ -31,6 +31,13 @@ def is_serving(address: str, service: str) -> bool:
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def gives_up_and_leaves_it_draining(admin: AdminClient) -> bool:
+    """Has a server drain and stops waiting for it; tells whether that had come to it by then."""
+    with pytest.raises(CallTimeoutError):
+        admin.drain(timeout_seconds=0.2)
+    return admin.status().draining
+
+
 def test_what_is_in_flight_finishes_and_nothing_new_begins(builder: RepositoryBuilder) -> None:
     with (
         serving(builder.root) as server,
@@ -40,10 +47,8 @@ def test_what_is_in_flight_finishes_and_nothing_new_begins(builder: RepositoryBu
     ):
         brake = Brake(server.server.engine)
         asking = threads.submit(client.classify, "digits", IMAGE)
-        assert brake.entered.wait(5)
-        # Whoever stops waiting leaves it as it is.
-        with pytest.raises(CallTimeoutError):
-            admin.drain(timeout_seconds=0.2)
+        assert brake.entered.wait(60)
+        wait_until(lambda: gives_up_and_leaves_it_draining(admin))
         draining = threads.submit(admin.drain)
         with pytest.raises(ServerUnreachableError, match="found it draining"):
             client.classify("digits", IMAGE)
@@ -55,8 +60,8 @@ def test_what_is_in_flight_finishes_and_nothing_new_begins(builder: RepositoryBu
         assert admin.reload().changed is False
         assert not draining.done()
         brake.go_on.set()
-        assert draining.result(10) is True
-        assert asking.result(10).generation == 1
+        assert draining.result(60) is True
+        assert asking.result(60).generation == 1
         assert admin.drain() is True
         assert admin.status().num_in_flight == 0
         assert admin.drain(cancel=True) is False
@@ -65,7 +70,10 @@ def test_what_is_in_flight_finishes_and_nothing_new_begins(builder: RepositoryBu
         assert client.classify("digits", IMAGE).generation == 1
 
 
-def test_questions_are_answered_for_a_while_after_health_says_no(builder: RepositoryBuilder) -> None:
+def test_questions_are_answered_for_a_while_after_health_says_no(
+    builder: RepositoryBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause = HeldPause(monkeypatch)
     with (
         serving(builder.root, drain_seconds=0.3) as server,
         Client(server.address) as client,
@@ -75,7 +83,24 @@ def test_questions_are_answered_for_a_while_after_health_says_no(builder: Reposi
         draining = threads.submit(admin.drain)
         wait_until(lambda: not is_serving(server.address, ""))
         assert client.classify("digits", IMAGE).classifications
-        assert draining.result(10) is True
+        assert not draining.done()
+        pause.over.set()
+        assert draining.result(60) is True
+    assert pause.asked_seconds == [0.3]
+
+
+def count_drains(server: ServerThread) -> list[None]:
+    """Returns a list that gets an entry for each drain that comes to a server from now on."""
+    begun: list[None] = []
+    draining = server.server.front_door._draining
+    drain = draining.drain
+
+    async def counting() -> bool:
+        begun.append(None)
+        return await drain()
+
+    draining.drain = counting
+    return begun
 
 
 def test_who_waits_is_told_that_somebody_cancelled(builder: RepositoryBuilder) -> None:
@@ -87,14 +112,16 @@ def test_who_waits_is_told_that_somebody_cancelled(builder: RepositoryBuilder) -
     ):
         brake = Brake(server.server.engine)
         asking = threads.submit(client.classify, "digits", IMAGE)
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
+        begun = count_drains(server)
         waiting = [threads.submit(admin.drain) for _ in range(2)]
-        wait_until(lambda: admin.status().draining)
+        wait_until(lambda: len(begun) == 2)
+        assert admin.status().draining
         assert admin.drain(cancel=True) is False
         assert admin.drain(cancel=True) is False
-        assert [one.result(10) for one in waiting] == [False, False]
+        assert [one.result(60) for one in waiting] == [False, False]
         brake.go_on.set()
-        assert asking.result(10).classifications
+        assert asking.result(60).classifications
 
 
 def test_a_server_that_is_full_can_still_be_told_what_to_do(builder: RepositoryBuilder) -> None:
@@ -107,13 +134,13 @@ def test_a_server_that_is_full_can_still_be_told_what_to_do(builder: RepositoryB
     ):
         brake = Brake(server.server.engine)
         asking = threads.submit(client.classify, "digits", IMAGE)
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         with pytest.raises(ServerBusyError):
             client.classify("digits", IMAGE)
         assert admin.status().num_in_flight == 1
         assert admin.reload().generation == 2
         brake.go_on.set()
-        assert asking.result(10).classifications
+        assert asking.result(60).classifications
 
 
 def test_a_drained_server_shuts_down_as_any(builder: RepositoryBuilder) -> None:

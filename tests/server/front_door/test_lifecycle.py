@@ -15,11 +15,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from munet.v1 import inference_pb2 as pb
-from server.client import AdminClient, AsyncClient, Client
+from server.client import AdminClient, AsyncClient, Client, Retry
 from server.config import Limits
 from server.errors import CallRefusedError, CallTimeoutError, ServerBusyError, ServerUnreachableError, SettingsError
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
-from tests.support.serving import ENGINE, Brake, serving, wait_until
+from tests.support.serving import ENGINE, Brake, ServerThread, serving, wait_until
 
 IMAGES = random_images(64, 8, seed=2)
 
@@ -49,15 +49,14 @@ def test_a_deadline_frees_the_caller_and_the_engine(builder: RepositoryBuilder) 
 
 
 def test_cancelled_calls_cost_nothing_and_disturb_nobody(builder: RepositoryBuilder) -> None:
-    async def ask(address: str, brake: Brake) -> list[np.ndarray]:
-        async with AsyncClient(address) as client:
+    async def ask(server: ServerThread, brake: Brake) -> list[np.ndarray]:
+        async with AsyncClient(server.address) as client:
             calls = [asyncio.ensure_future(client.classify("digits", IMAGES[0], include_logits=True)) for _ in range(1000)]
-            await asyncio.to_thread(brake.entered.wait, 5)
-            await asyncio.sleep(0.5)
+            await asyncio.to_thread(wait_until, lambda: len(server.server.engine._questions) == 1000)
             for index, call in enumerate(calls):
                 if index % 100:
                     call.cancel()
-            await asyncio.sleep(0.5)
+            await asyncio.to_thread(wait_until, lambda: len(server.server.engine._questions) == 10)
             brake.go_on.set()
             results = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(result, asyncio.CancelledError) for result in results) == 990
@@ -65,7 +64,7 @@ def test_cancelled_calls_cost_nothing_and_disturb_nobody(builder: RepositoryBuil
 
     with serving(builder.root) as server:
         brake = Brake(server.server.engine)
-        logits = asyncio.run(ask(server.address, brake))
+        logits = asyncio.run(ask(server, brake))
         assert len({answer.tobytes() for answer in logits}) == 1
         wait_until(lambda: len(server.server.engine._questions) == 0)
         with Client(server.address) as client:
@@ -97,7 +96,7 @@ def test_the_engines_bound_reaches_the_caller(builder: RepositoryBuilder) -> Non
         brake = Brake(server.server.engine)
         first = threading.Thread(target=client.classify, args=("digits", list(IMAGES)))
         first.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         with pytest.raises(ServerBusyError, match="expected at most 100"):
             client.classify("digits", IMAGES[0])
         brake.go_on.set()
@@ -107,11 +106,16 @@ def test_the_engines_bound_reaches_the_caller(builder: RepositoryBuilder) -> Non
 
 def test_a_client_comes_back_when_it_was_told_to(builder: RepositoryBuilder) -> None:
     engine = ENGINE.model_copy(update={"max_waiting_rows": 100})
-    with serving(builder.root, engine=engine, metrics_listen="127.0.0.1:0") as server, Client(server.address) as client:
+    # However long it takes until there is room.
+    retry = Retry(max_attempts=1000)
+    with (
+        serving(builder.root, engine=engine, metrics_listen="127.0.0.1:0") as server,
+        Client(server.address, retry=retry) as client,
+    ):
         brake = Brake(server.server.engine)
         asking = [threading.Thread(target=client.classify, args=("digits", list(IMAGES)))]
         asking[0].start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         results: list[object] = []
         asking.append(threading.Thread(target=lambda: results.append(client.classify("digits", IMAGES[0]))))
         asking[1].start()
@@ -177,11 +181,11 @@ def test_shutdown_finishes_what_is_in_flight_and_refuses_what_is_new(builder: Re
         with Client(address) as client:
             results.append(client.classify("digits", list(IMAGES)))
 
-    with serving(builder.root) as server:
+    with serving(builder.root, grace_seconds=60) as server:
         brake = Brake(server.server.engine)
         asking = threading.Thread(target=ask, args=(server.address,))
         asking.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         threading.Timer(0.3, brake.go_on.set).start()
     asking.join()
     assert len(results) == 1
@@ -198,13 +202,14 @@ def test_shutdown_does_not_wait_for_ever(builder: RepositoryBuilder) -> None:
                 client.classify("digits", list(IMAGES))
             except BaseException as error:
                 errors.append(error)
+        # What runs is let go when the call is over, so that it is not what ended it.
+        brake.go_on.set()
 
     with serving(builder.root, grace_seconds=0.2) as server:
         brake = Brake(server.server.engine)
         asking = threading.Thread(target=ask, args=(server.address,))
         asking.start()
-        assert brake.entered.wait(5)
-        threading.Timer(1.0, brake.go_on.set).start()
+        assert brake.entered.wait(60)
     asking.join()
     assert len(errors) == 1
 

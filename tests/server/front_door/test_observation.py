@@ -23,7 +23,7 @@ from server.errors import CallRefusedError, ServerUnreachableError
 from server.logs import JsonFormatter, TextFormatter
 from server.probe import probe
 from tests.support.repository import DIGITS, RepositoryBuilder, random_images
-from tests.support.serving import Brake, ServerThread, serving, wait_until
+from tests.support.serving import Brake, HeldPause, ServerThread, serving, wait_until
 
 IMAGES = random_images(4, 8, seed=3)
 CLASSIFY = "/munet.v1.InferenceService/Classify"
@@ -153,7 +153,7 @@ def test_status_has_the_same_with_details(server: ServerThread) -> None:
 def test_requests_in_flight_are_seen(server: ServerThread, channel: grpc.Channel) -> None:
     brake = Brake(server.server.engine)
     call = channel.unary_unary(CLASSIFY).future(request(), timeout=20)
-    assert brake.entered.wait(5)
+    assert brake.entered.wait(60)
     assert sample(server, "munet_requests_in_flight") == 1
     assert sample(server, "munet_request_bytes_in_flight") == len(request())
     brake.go_on.set()
@@ -269,7 +269,8 @@ def test_a_probe_says_what_is_wrong(server: ServerThread) -> None:
     assert "found no health at 127.0.0.1:1: UNAVAILABLE" in probe(["127.0.0.1:1"])
 
 
-def test_readiness_goes_down_before_requests_are_refused(builder: RepositoryBuilder) -> None:
+def test_readiness_goes_down_before_requests_are_refused(builder: RepositoryBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = HeldPause(monkeypatch)
     seen: list[object] = []
 
     def watch(address: str, admin: str) -> None:
@@ -280,6 +281,7 @@ def test_readiness_goes_down_before_requests_are_refused(builder: RepositoryBuil
                     seen.append(client.classify("digits", IMAGES[0]).task)
                     seen.append(probe([admin]))
                     seen.append(probe([admin, "--live"]))
+                    pause.over.set()
                     break
 
     with serving(builder.root, drain_seconds=1.5) as server:
@@ -288,6 +290,7 @@ def test_readiness_goes_down_before_requests_are_refused(builder: RepositoryBuil
         wait_until(lambda: bool(seen))
         address, admin_address = server.address, server.admin_address
     watching.join()
+    assert pause.asked_seconds == [1.5]
     serving_, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     assert seen == [serving_, not_serving, "digits", f"found {admin_address} NOT_SERVING; expected it to serve", ""]
     with Client(address) as client, pytest.raises(ServerUnreachableError):

@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2
 from server.config import Limits
 from tests.support.open_inference import Stub, good, infer, tensor
 from tests.support.repository import DIGITS, RepositoryBuilder, TaskPlan
-from tests.support.serving import Brake, ServerThread, serving, wait_until
+from tests.support.serving import Brake, HeldPause, ServerThread, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> RepositoryBuilder:
 class Stream:
     """A stream whose messages a test sends one by one."""
 
-    def __init__(self, channel: grpc.Channel, timeout: float = 30) -> None:
+    def __init__(self, channel: grpc.Channel, timeout: float = 240) -> None:
         self._requests: queue.Queue[Any] = queue.Queue()
         self.num_taken = 0
         self.call = Stub(channel).ModelStreamInfer(self._take(), timeout=timeout)
@@ -75,8 +75,9 @@ def test_deadlines_and_timeouts_free_the_caller_and_the_engine(quiet: ServerThre
         stream = Stream(channel)
         late = good(id="late")
         late.parameters["timeout"].int64_param = 1_000_000
-        stream.send(late, good(id="patient"))
-        wait_until(lambda: len(engine._questions) == 2)
+        stream.send(late, good("greek", id="patient"))
+        # The late one was read before the patient one, so that its second has begun; a slow machine may have used it up by now.
+        wait_until(lambda: any("greek" in opened.question.tasks for opened in list(engine._questions._open.values())))
         time.sleep(1.1)
         brake.go_on.set()
         first, second = next(stream.call), next(stream.call)
@@ -194,7 +195,8 @@ def scrape(server: ServerThread) -> str:
         return str(answer.read(), "utf-8")
 
 
-def test_readiness_goes_down_before_anything_is_refused(builder: RepositoryBuilder) -> None:
+def test_readiness_goes_down_before_anything_is_refused(builder: RepositoryBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = HeldPause(monkeypatch)
     seen: list[tuple[bool, bool, bool, grpc.StatusCode]] = []
 
     def look(address: str) -> None:
@@ -206,6 +208,8 @@ def test_readiness_goes_down_before_anything_is_refused(builder: RepositoryBuild
                     ready = stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5).ready
                     task = stub.ModelReady(service_pb2.ModelReadyRequest(name="digits"), timeout=5).ready
                     seen.append((live, ready, task, infer(channel, good())[0]))
+                    if not ready and not task:
+                        pause.over.set()
             except grpc.RpcError:
                 return
 
@@ -216,6 +220,7 @@ def test_readiness_goes_down_before_anything_is_refused(builder: RepositoryBuild
     looking.join()
     assert seen[0] == (True, True, True, grpc.StatusCode.OK)
     assert (True, False, False, grpc.StatusCode.OK) in seen
+    assert pause.asked_seconds == [0.5]
 
 
 def test_shutdown_answers_what_a_stream_has_sent_and_does_not_wait_for_idle_ones(builder: RepositoryBuilder) -> None:

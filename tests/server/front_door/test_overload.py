@@ -56,7 +56,7 @@ def test_both_protocols_say_when_to_try_again(builder: RepositoryBuilder) -> Non
         brake = Brake(server.server.engine)
         first = threading.Thread(target=client.classify, args=("digits", list(IMAGES)))
         first.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         raw = pb.RawImage(height=8, width=8, channels=3, data=IMAGES[0].tobytes())
         tensor = service_pb2.ModelInferRequest.InferInputTensor(name="image", datatype="UINT8", shape=[1, 8, 8, 3])
         infer = service_pb2.ModelInferRequest(model_name="digits", inputs=[tensor], raw_input_contents=[IMAGES[0].tobytes()])
@@ -75,12 +75,12 @@ def test_both_protocols_say_when_to_try_again(builder: RepositoryBuilder) -> Non
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(builder: RepositoryBuilder) -> None:
-    with serving(builder.root) as server, Client(server.address) as client:
+    with serving(builder.root) as server, Client(server.address, retry=None) as client:
         brake = Brake(server.server.engine)
         teach(server, 20.0)
         first = threading.Thread(target=client.classify, args=("greek", IMAGES[0]))
         first.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         started = time.monotonic()
         with pytest.raises(CallTimeoutError, match="the deadline cannot be met: found"):
             client.classify("digits", IMAGES[0], timeout_seconds=30)
@@ -117,7 +117,7 @@ def test_limits_of_one_task(builder: RepositoryBuilder, caplog: pytest.LogCaptur
         brake = Brake(server.server.engine)
         first = threading.Thread(target=client.classify, args=("digits", IMAGES[0]))
         first.start()
-        assert brake.entered.wait(5)
+        assert brake.entered.wait(60)
         words = "requests to task 'digits' in flight: found 1 waiting, expected at most 1"
         with pytest.raises(ServerBusyError, match=words):
             client.classify("digits", IMAGES[0])
@@ -135,7 +135,10 @@ def test_some_of_a_deadline_is_kept_for_the_way(of_call: float, of_question: flo
         def time_remaining(self) -> float:
             return of_call
 
+    before = time.monotonic()
     # Of a context, nothing else is asked.
     found = deadline_of(Call(), of_question)  # type: ignore[arg-type]
+    after = time.monotonic()
     assert found is not None
-    assert found - time.monotonic() == pytest.approx(min(of_call, of_question or of_call) - kept, abs=0.002)
+    left = min(of_call, of_question or of_call) - kept
+    assert before + left - 1e-6 <= found <= after + left + 1e-6

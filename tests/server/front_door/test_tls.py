@@ -213,6 +213,6 @@ def test_a_handshake_that_is_never_finished_is_ended(root: pathlib.Path, pki: Pk
         started = time.monotonic()
         with socket.create_connection((host, int(port)), timeout=10) as silent:
             assert silent.recv(1) == b""
-        assert 0.3 < time.monotonic() - started < 5
+        assert 0.3 < time.monotonic() - started < 9
         with grpc.secure_channel(server.address, grpc.ssl_channel_credentials((pki.folder / "ca.pem").read_bytes())) as channel:
-            grpc.channel_ready_future(channel).result(timeout=5)
+            grpc.channel_ready_future(channel).result(timeout=30)

@@ -21,8 +21,8 @@ from tests.support.repository import DIGITS, GREEK, RepositoryBuilder, random_im
 from tests.support.triton import Caller, environment, make_request
 
 NUM_CALM = 100
-PATIENCE_SECONDS = 100.0
-"""Of 36 tries on two busy cores, one or eight calls at a time, the longest took 36 s."""
+PATIENCE_SECONDS = 400.0
+"""Of 36 tries on two busy cores, one or eight calls at a time, the longest took 36 s; other machines are slower."""
 
 Ask = Callable[[float | None], grpc.Future]
 
@@ -84,4 +84,5 @@ def test_triton_crashes_when_clients_leave_an_ensemble_with_steps_side_by_side(
             leave(ask, rng.uniform(0, 2 * usual))
             num_calls += 1
     assert not triton.is_running, f"{num_calls} calls were left and Triton lives: may decision 14 be thought over?"
-    assert triton.outcome == "signal 11"
+    # What is written to after it was freed is found out by the processor or, at times, by the C library.
+    assert triton.outcome in ("signal 11", "signal 6")

@@ -48,8 +48,16 @@ def two(builder: RepositoryBuilder) -> Generation:
     return Repository(builder.root).read(builder.publish({"digits": DIGITS, "greek": GREEK}))
 
 
-def settled(caller: Caller) -> dict[str, tuple[int, int]]:
-    """Returns what Triton counts, once it has counted all: it does so a moment after it answers."""
+def settled(caller: Caller, model: str = "", num_rows: int = 0) -> dict[str, tuple[int, int]]:
+    """Returns what Triton counts, once it has counted all: it does so a moment after it answers.
+
+    Args:
+        caller: of the Triton.
+        model: one that is known to have so many rows in the end.
+        num_rows: how many.
+    """
+    if model:
+        wait_until(lambda: caller.counts()[model][0] >= num_rows)
     while True:
         counts = caller.counts()
         time.sleep(0.1)
@@ -66,9 +74,10 @@ def test_triton_itself_counts_a_trunk_once_for_several_tasks(
         before = settled(caller)
         engine.answer(Question(generation, random_images(1, 8), SMALL)).result()
         stem, trunk = generation.tasks["digits"].route[:2]
-        after = settled(caller)
+        ensemble = generation.ensembles[8]
+        after = settled(caller, ensemble, before[ensemble][0] + 1)
         assert [after[name][0] - before[name][0] for name in (stem, trunk)] == [1, 1]
-        assert after[generation.ensembles[8]][0] - before[generation.ensembles[8]][0] == 1
+        assert after[ensemble][0] - before[ensemble][0] == 1
         # Tasks that are not asked do not run.
         engine.answer(Question(generation, random_images(1, 8), ("digits", "greek"))).result()
         heads = [generation.tasks[name].route[-1] for name in ("hebrew", "short")]
@@ -92,7 +101,8 @@ def test_tasks_are_batched_together(builder: RepositoryBuilder, triton: TritonPr
             os.kill(held_up, signal.SIGCONT)
         for future in futures:
             future.result(20)
-        rows, executions = (settled(caller)[trunk][index] - before[trunk][index] for index in (0, 1))
+        after = settled(caller, trunk, before[trunk][0] + 40)
+        rows, executions = (after[trunk][index] - before[trunk][index] for index in (0, 1))
         assert rows == 40
         # Of one task alone there are only 20 rows: fewer batches than 20 hold rows of both.
         assert executions < 20
@@ -101,13 +111,19 @@ def test_tasks_are_batched_together(builder: RepositoryBuilder, triton: TritonPr
 def test_what_waits_here_is_not_at_triton(builder: RepositoryBuilder, triton: TritonProcess, generation: Generation) -> None:
     with engine_on(builder, triton, probe_interval_seconds=1000.0, max_rows_in_flight=8) as engine:
         engine.load(generation)
-        futures = [engine.answer(Question(generation, random_images(8, 8), SMALL)) for _ in range(50)]
-        assert all(report.rows_in_flight <= 8 for report in engine.endpoints())
-        for future in futures[1:]:
-            future.cancel()
+        stem = generation.tasks["digits"].route[0]
+        # Held up, so that nothing is answered before the others are cancelled, however fast this machine answers.
+        held_up = segment_process(triton, stem)
+        os.kill(held_up, signal.SIGSTOP)
+        try:
+            futures = [engine.answer(Question(generation, random_images(8, 8), SMALL)) for _ in range(50)]
+            assert all(report.rows_in_flight <= 8 for report in engine.endpoints())
+            for future in futures[1:]:
+                future.cancel()
+        finally:
+            os.kill(held_up, signal.SIGCONT)
         futures[0].result()
         wait_until(lambda: not engine.endpoints()[0].rows_in_flight)
-        stem = generation.tasks["digits"].route[0]
         computed = {segment.name: segment.rows_computed for segment in engine.statistics()}[stem]
         assert computed < 25 * 8
 
@@ -184,13 +200,22 @@ def test_questions_go_to_whoever_has_least_to_do(
         engine_on(builder, triton, other, max_rows_in_flight=16) as engine,
     ):
         engine.load(two)
-        futures = [engine.answer(Question(two, random_images(2, 8), ("digits",))) for _ in range(100)]
+        # Held up, so that both are given all that they take, however much faster one of them may answer.
+        held_up = [segment_process(one, two.tasks["digits"].route[0]) for one in (triton, other)]
+        for process in held_up:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            futures = [engine.answer(Question(two, random_images(2, 8), ("digits",))) for _ in range(100)]
+            wait_until(lambda: [report.rows_in_flight for report in engine.endpoints()] == [16, 16])
+        finally:
+            for process in held_up:
+                os.kill(process, signal.SIGCONT)
         for future in futures:
             future.result()
         with Caller(triton.addresses.grpc) as one, Caller(other.addresses.grpc) as another:
             ensemble = two.tasks["digits"].ensemble
             wait_until(lambda: sum(caller.counts()[ensemble][0] for caller in (one, another)) >= 200)
-            assert min(caller.counts()[ensemble][0] for caller in (one, another)) > 20
+            assert min(caller.counts()[ensemble][0] for caller in (one, another)) >= 16
 
 
 def test_the_front_door_says_which_triton_is_wrong(

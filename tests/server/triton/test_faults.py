@@ -213,7 +213,7 @@ def test_a_segment_whose_process_is_lost_is_loaded_again(
 ) -> None:
     generation = publish(builder, **PLANS)
     # Longer than the second in which Triton itself notices a dead process: else all of it seems to be silent.
-    with engine_on(builder, *pair, probe_timeout_seconds=2.5) as engine:
+    with engine_on(builder, *pair, probe_timeout_seconds=5.0) as engine:
         engine.load(generation)
         with Asker(engine, generation) as asker:
             wait_until(lambda: asker.num_answers > 20)
@@ -270,7 +270,7 @@ def test_several_faults_at_once_are_mended(builder: RepositoryBuilder, pair: lis
 
 def test_a_triton_that_hangs_is_given_up(builder: RepositoryBuilder, pair: list[TritonProcess]) -> None:
     generation = publish(builder, **PLANS)
-    with engine_on(builder, *pair, probe_timeout_seconds=1.0) as engine:
+    with engine_on(builder, *pair, probe_timeout_seconds=3.0) as engine:
         engine.load(generation)
         with Asker(engine, generation) as asker:
             wait_until(lambda: asker.num_answers > 20)
@@ -387,8 +387,8 @@ def test_two_servers_on_one_triton_leave_each_others_generations(builder: Reposi
     only = pair[0]
     first = publish(builder, **PLANS)
     with (
-        engine_on(builder, only, unload_after_seconds=0.5) as one,
-        engine_on(builder, only, unload_after_seconds=0.5) as other,
+        engine_on(builder, only, unload_after_seconds=1.5) as one,
+        engine_on(builder, only, unload_after_seconds=1.5) as other,
     ):
         one.load(first)
         other.load(first)
@@ -396,7 +396,7 @@ def test_two_servers_on_one_triton_leave_each_others_generations(builder: Reposi
         one.load(second)
         one.unload(first)
         # The other one is slow to follow: what it holds and nobody asks stays, because it keeps asking.
-        time.sleep(2.0)
+        time.sleep(4.0)
         check(other, first)
         assert ready(only) >= {first.tasks["greek"].ensemble, first.ensembles[8], *first.segments}
         other.load(second)
@@ -464,14 +464,15 @@ def test_reloads_on_two_tritons_fail_and_tear_no_answer(builder: RepositoryBuild
         serving(builder.root, engine=told.engine, triton=told.triton) as server,
         Background([ask] * 4),
     ):
+        wait_until(lambda: errors or seen)
         for index in range(1, 6):
             last = publish(builder, **systems[index % 2])
             wanted = {*last.segments, *(task.ensemble for task in last.tasks.values())}
-            wait_until(lambda: errors or (seen and seen[-1].generation == last.number), 20)  # noqa: B023  # called at once
+            wait_until(lambda: errors or (seen and seen[-1].generation == last.number))  # noqa: B023  # called at once
             # Nobody is answered by it before both have all of it.
             assert errors or all(ready(triton) >= wanted for triton in pair)
             # What only the other needs goes, so that it has to be loaded again.
-            wait_until(lambda: errors or all(segments_at(triton) == set(last.segments) for triton in pair), 20)  # noqa: B023  # at once
+            wait_until(lambda: errors or all(segments_at(triton) == set(last.segments) for triton in pair))  # noqa: B023  # at once
     assert errors == []
     assert {result.generation for result in seen} >= {first.number, last.number}
     for result in seen:
