@@ -25,7 +25,7 @@ def evolve(
     return _run("evolve.cli", arguments, timeout_seconds, python)
 
 
-def server(*arguments: str | pathlib.Path, timeout_seconds: float = 60) -> subprocess.CompletedProcess[str]:
+def server(*arguments: str | pathlib.Path, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs a command of munet-server to its end."""
     return _run("server.cli", arguments, timeout_seconds, PYTHON)
 
