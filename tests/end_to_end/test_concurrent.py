@@ -130,7 +130,7 @@ class Life:
         with ServerProcess(self.repository) as process, Caller(process.address) as caller:
             self._bring({"a", "b", "c"}, 2, self._most_kills)
             _check_the_end(self._commands, self.system, self.repository)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while caller.is_alive() and caller.generations[-1:] != [self._witness.generation]:
                 assert time.monotonic() < deadline, "the server did not take up the last generation"
                 time.sleep(0.05)

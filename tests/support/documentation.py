@@ -375,7 +375,7 @@ class Stranger:
         statuses = []
         for process in self._servers:
             try:
-                statuses.append(process.wait(timeout=30))
+                statuses.append(process.wait(timeout=120))
             except subprocess.TimeoutExpired:
                 process.kill()
                 statuses.append(process.wait())

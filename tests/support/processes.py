@@ -87,7 +87,7 @@ class ServerProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.status = self.process.wait(timeout=30)
+            self.status = self.process.wait(timeout=120)
         finally:
             self.process.kill()
             self.process.wait()
