@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks.published import SMOKE as SMOKE_ARCHITECTURE
 from benchmarks.published import TINY, Own, System
 from benchmarks.reporting import Target, milliseconds, rounded
+from benchmarks.serve.loads import Counter
 from benchmarks.serve.processes import server_process
 from benchmarks.serve.sides import smooth_image, to_jpeg
 from benchmarks.serve.workbench import Workbench
@@ -215,18 +216,16 @@ def saturate(address: str, image: bytes, seconds: float) -> float:
     async def run() -> float:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            begin, end = time.monotonic() + seconds / 2, time.monotonic() + seconds * 1.5
-            done = 0
+            counter = Counter(seconds)
 
             async def work(number: int) -> None:
-                nonlocal done
-                while time.monotonic() < end:
+                while not counter.is_over:
                     await stub.Classify(request_of(TASKS[number % len(TASKS)], image))
                     number += 1
-                    done += begin <= time.monotonic() < end
+                    counter.count()
 
             await asyncio.gather(*(work(number) for number in range(REQUESTS_AT_A_TIME)))
-            return done / (end - begin)
+            return counter.rate.per_second
 
     return asyncio.run(run())
 

@@ -96,11 +96,12 @@ def cpu_seconds(pid: int) -> float:
 
 def descendants(pid: int) -> list[int]:
     """Returns the processes that a process started, and those that they started."""
-    children = [
-        int(child)
-        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
+    children: list[int] = []
+    # Threads and processes come and go meanwhile.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                children += map(int, (thread / "children").read_text().split())
     return [*children, *itertools.chain(*map(descendants, children))]
 
 

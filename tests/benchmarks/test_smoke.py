@@ -54,7 +54,8 @@ def summary_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
     for figure in summary["summary"].values():
         assert figure.keys() == {"value", "target", "met"}
         relation, bound = figure["target"].split()[:2]
-        assert figure["met"] == Target(relation, float(bound)).is_met(figure["value"])
+        # Both are printed with four digits: where they are alike then, the value itself may have been on either side.
+        assert figure["value"] == float(bound) or figure["met"] == Target(relation, float(bound)).is_met(figure["value"])
     return summary["summary"]
 
 
@@ -213,8 +214,9 @@ def test_whole_search(tmp_path, warm_python):
     runs = {line["way"]: line for line in lines if "repetition" in line}
     assert runs.keys() == {"before", "side by side"}
     assert {run["children"] for run in runs.values()} == {4}
+    # Three figures of four digits, each off by up to one in 2,000.
     assert figures["W2"]["value"] == pytest.approx(
-        runs["before"]["wall_seconds"] / runs["side by side"]["wall_seconds"], rel=1e-3
+        runs["before"]["wall_seconds"] / runs["side by side"]["wall_seconds"], rel=2e-3
     )
 
 

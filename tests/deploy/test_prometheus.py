@@ -103,7 +103,7 @@ def wait_for(address: str, expression: str) -> None:
 
 
 def num_scrapes(address: str) -> int:
-    (found,) = query(address, "count_over_time(up[1m])")
+    (found,) = query(address, "count_over_time(up[1h])")
     return int(found["value"][1])
 
 
@@ -138,7 +138,7 @@ def test_each_panel_of_the_dashboard_shows_something(tmp_path: pathlib.Path) -> 
             with contextlib.suppress(CallError):
                 client.classify("digits", b"no image")
             # Two scrapes later, so that there is a rate of what has come to be.
-            wait_for(address, f"count_over_time(up[1m]) >= {num_scrapes(address) + 3}")
+            wait_for(address, f"count_over_time(up[1h]) >= {num_scrapes(address) + 3}")
         for panel in dashboard["panels"]:
             if panel["title"] not in EMPTY:
                 for expression in expressions(panel):

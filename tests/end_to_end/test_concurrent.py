@@ -130,7 +130,7 @@ class Life:
         with ServerProcess(self.repository) as process, Caller(process.address) as caller:
             self._bring({"a", "b", "c"}, 2, self._most_kills)
             _check_the_end(self._commands, self.system, self.repository)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while caller.is_alive() and caller.generations[-1:] != [self._witness.generation]:
                 assert time.monotonic() < deadline, "the server did not take up the last generation"
                 time.sleep(0.05)
@@ -232,10 +232,12 @@ def test_a_publisher_that_waits_goes_on_when_the_other_is_killed(
         time.sleep(0.5)
         was_late = (repository / "CURRENT").exists()
         first.kill()
-        assert first.wait() == -9
+        status = first.wait()
         assert second.wait() == 0
         if not was_late:
+            assert status == -9
             break
+        assert status in (0, -9)
     assert not was_late, "the first publisher was never caught in the act"
     assert "published generation 1" in second.output
     assert Repository(repository).read().number == 1

@@ -42,6 +42,13 @@ class Asking(threading.Thread):
                     self.answers[task].setdefault(answer.generation, set()).add(logits.tobytes())
 
 
+def _wait_for_answers(asking: Asking, generation: int) -> None:
+    deadline = time.monotonic() + 60
+    while any(generation not in asking.answers[task] for task in TASKS):
+        assert time.monotonic() < deadline, f"nobody was answered by generation {generation}"
+        time.sleep(0.05)
+
+
 def test_float32_to_float16_and_back_while_it_serves(tmp_path: pathlib.Path) -> None:
     system = build_system(tmp_path / "system", {task: SKETCHES[task] for task in TASKS})
     repository = tmp_path / "repository"
@@ -51,6 +58,7 @@ def test_float32_to_float16_and_back_while_it_serves(tmp_path: pathlib.Path) -> 
         asking = Asking(process.address, images)
         asking.start()
         try:
+            _wait_for_answers(asking, 1)
             for number, precision in ((2, "float16"), (3, "float32")):
                 assert export_system(system, repository, precision=precision, num_top1_images=8).generation == number
                 deadline = time.monotonic() + 60
@@ -59,10 +67,7 @@ def test_float32_to_float16_and_back_while_it_serves(tmp_path: pathlib.Path) -> 
                     time.sleep(0.05)
                 result = server("check", "--repository", repository)
                 assert (result.returncode, result.stderr) == (0, "")
-                seen = time.monotonic() + 10
-                while any(number not in asking.answers[task] for task in TASKS):
-                    assert time.monotonic() < seen, "nobody was answered by the new generation"
-                    time.sleep(0.05)
+                _wait_for_answers(asking, number)
         finally:
             asking.stop.set()
             asking.join()

@@ -17,7 +17,7 @@ from evolve.verification import verify
 from tests.support.commands import Command, Commands
 
 NUM_KILLS = 10
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,18 @@ def test_killed_at_ten_random_moments_it_ends_in_the_very_same_system(
 ) -> None:
     folder = tmp_path / "system"
     moments = random.Random(5)
+    num_late = 0
     # 60 records make a whole run; the last kills come while the last search is at work.
     for num_records in sorted(moments.sample(range(56), NUM_KILLS)):
         command = commands.start("run", experiment, "--system", folder)
-        _wait_for(command, lambda least=num_records: _num_records(folder) >= least)
+        _wait_for(command, lambda least=num_records, command=command: command.ended or _num_records(folder) >= least)
         time.sleep(moments.uniform(0, 0.15))
         command.kill()
-        assert command.wait() == -9, command.output
+        status = command.wait()
+        assert status in (0, -9), command.output
+        num_late += status == 0
+    # A search may be at its end before it is killed where the machine is fast or this process stood still: the last ones, and no others.
+    assert num_late <= 2
     status, said = commands.run("run", experiment, "--system", folder)
     assert status == 0, said
     system = System.open(folder)

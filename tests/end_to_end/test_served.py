@@ -183,7 +183,7 @@ def _logits(client: Client, task: str, files: list[bytes]) -> bytes:
 
 
 def _wait_for_generation(client: Client, number: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while client.list_tasks().generation < number:
         assert time.monotonic() < deadline, "the server did not take up the new generation"
         time.sleep(0.05)

@@ -248,6 +248,6 @@ def test_the_command_ends_cleanly_by_an_interrupt(scene, number, status, complai
             if "child 2 of 16" in line:
                 break
         process.send_signal(number)
-        _, complaints = process.communicate(timeout=30)
+        _, complaints = process.communicate(timeout=240)
     assert process.returncode == status
     assert complaints == complaint

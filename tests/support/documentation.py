@@ -8,8 +8,11 @@ which knows no other address than the hub's; and numbers that would take too lon
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -372,7 +375,7 @@ class Stranger:
         statuses = []
         for process in self._servers:
             try:
-                statuses.append(process.wait(timeout=30))
+                statuses.append(process.wait(timeout=120))
             except subprocess.TimeoutExpired:
                 process.kill()
                 statuses.append(process.wait())
@@ -521,12 +524,14 @@ def _load_any(file: pathlib.Path, block: Block) -> None:
         raise PageError(f"{block.where}: found no settings of any kind:\n" + "\n".join([*findings, str(error)])) from error
 
 
+_ports = itertools.count(20_000 + 1200 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) + os.getpid() % 800)
+"""For this process of a run alone, and none that the system gives to whoever asks for any: servers take them minutes later."""
+
+
 def _free_addresses(number: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    found: list[str] = []
+    while len(found) < number:
+        port = next(_ports)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(f"127.0.0.1:{port}")
+    return found

@@ -27,6 +27,7 @@ from tests.support.jobs import TOLD, Jobs
 from tests.support.searches import small_plan
 
 AT_ONCE = 3
+LONGEST_PAUSE_SECONDS = 0.06
 MAX_SEEDS = 3
 
 
@@ -74,6 +75,7 @@ class Month:
         self._machines = machines
         self._draws = random.Random(seed)
         self._moment = 0
+        self._pause_seconds = 0.01
         # The job of each process, and whether it is to be tried again until it is done.
         self._running: dict[int, tuple[Job, bool]] = {}
 
@@ -108,9 +110,11 @@ class Month:
         self._running[process] = (job, is_wanted)
 
     def _step(self, most_kills: int) -> None:
-        time.sleep(self._draws.uniform(0, 0.06))
+        time.sleep(self._draws.uniform(0, self._pause_seconds))
         process = self._draws.choice(list(self._running))
         status = self._processes.poll(process)
+        # However fast this machine is, most of the processes that are looked at still run.
+        self._pause_seconds = min(LONGEST_PAUSE_SECONDS, self._pause_seconds * (1.3 if status is None else 0.6))
         if status is None and self.num_killed < most_kills and self._draws.random() < 0.5:
             os.kill(process, signal.SIGKILL)
             status = self._processes.wait(process)

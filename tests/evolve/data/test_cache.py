@@ -251,11 +251,12 @@ import sys, time, pathlib
 from evolve.config import FolderTask
 from evolve.data import cache, reading
 from evolve.data.load import load_task
-folder, kept, commit, pause = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+folder, kept, commit, stop = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 cache.COMMIT_BYTES = commit
 read = cache.read_image
+left = iter(range(stop))
 def slowly(file):
-    time.sleep(pause)
+    time.sleep(600 if next(left, None) is None else 0.01)
     return read(file)
 cache.read_image = slowly
 print(load_task(FolderTask(name="t", source="folder", folder=folder, cache=kept)).fingerprint)
@@ -263,17 +264,18 @@ print(load_task(FolderTask(name="t", source="folder", folder=folder, cache=kept)
 
 
 def build(
-    folder: pathlib.Path, kept: pathlib.Path, commit: int = 1, pause: float = 0.0, before: str = ""
+    folder: pathlib.Path, kept: pathlib.Path, commit: int = 1, stop: int = NUM_IMAGES, before: str = ""
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", before + BUILD, str(folder), str(kept), str(commit), str(pause)]
+    """Starts a process that builds a cache, and stands still once it has read so many images."""
+    command = [sys.executable, "-c", before + BUILD, str(folder), str(kept), str(commit), str(stop)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_goes_on_after_a_kill(folder: pathlib.Path, tmp_path: pathlib.Path, decoded: list[pathlib.Path]) -> None:
     kept = tmp_path / "cache"
-    for wanted in (1, 25):
-        process = build(folder, kept, commit=5000, pause=0.05)
-        deadline = time.monotonic() + 60
+    for wanted, stop in ((1, 20), (25, 39)):
+        process = build(folder, kept, commit=5000, stop=stop)
+        deadline = time.monotonic() + 240
         while num_records(kept) < wanted:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
@@ -292,8 +294,8 @@ def test_goes_on_after_a_kill(folder: pathlib.Path, tmp_path: pathlib.Path, deco
 
 
 def test_two_processes_at_once(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    both = [build(folder, tmp_path / "cache", commit=2000, pause=0.01) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
+    both = [build(folder, tmp_path / "cache", commit=2000) for _ in range(2)]
+    outputs = [process.communicate(timeout=300) for process in both]
     assert [output[0].strip() for output in outputs] == [load(folder).fingerprint] * 2, outputs
     assert num_records(tmp_path / "cache") == NUM_IMAGES
 
@@ -303,7 +305,7 @@ def test_full_disk_keeps_what_is_whole(folder: pathlib.Path, tmp_path: pathlib.P
     # No file may be larger: a write stops midway, as on a full disk.
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
     process = build(folder, kept, commit=10_000, before=limit)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert f"evolve.errors.DataError: could not write the cache {only(kept)} (File too large)" in message
     assert "expected a folder that can be written, with room for height * width * 3 bytes of each image; make room" in message

@@ -68,7 +68,7 @@ def test_same_bytes_in_another_process() -> None:
         f"settings = CharactersTask(name='t', source='characters', script='GREEK', **{SMALL!r})\n"
         "print(load_task(settings).fingerprint)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == load_task(task()).fingerprint
 
 

@@ -37,6 +37,9 @@ from tests.evolve.training.test_workers import DATA, PLAN, SETTINGS, make_system
 from tests.support.processes import TOP, environment, lives
 from tests.support.stores import BUCKET, CREDENTIALS, machine, s3_server, use_s3
 
+SLOW_SECONDS = 240.0
+"""How long a cluster may take to start, and to take a process in."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -83,14 +86,20 @@ def cluster(store: Store) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in given}
     os.environ |= given
     soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": soon})
+    # All of it takes many times as long on a machine that does much else.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ray_cluster, "CONNECT_SECONDS", SLOW_SECONDS)
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args={"wait": False, **head})
     try:
+        cluster.wait_for_nodes(SLOW_SECONDS)
         for cache in store.caches:
             asks = {**CREDENTIALS, "AWS_ENDPOINT_URL": store.address, "MUNET_CACHE": str(cache)}
-            cluster.add_node(num_cpus=1, env_vars=asks)
-        cluster.wait_for_nodes()
+            cluster.add_node(wait=False, num_cpus=1, env_vars=asks)
+            cluster.wait_for_nodes(SLOW_SECONDS)
         yield cluster
     finally:
+        patch.undo()
         ray.shutdown()
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
@@ -114,9 +123,16 @@ def worker_at_work(trainer: RayTrainer) -> Any:
     return max((worker for worker in trainer._workers if worker.is_ready), key=lambda worker: worker.job is not None)
 
 
-def lose_node(cluster: Any, trainer: RayTrainer) -> None:
-    """Ends the node of a worker that is at something as a machine ends: all its processes at once."""
+def lose_node(cluster: Any, trainer: RayTrainer) -> bool:
+    """Ends the node of a worker as a machine ends, all its processes at once; does nothing, and says so, if it has just done its work."""
     lost = worker_at_work(trainer)
+    if lost.job is not None:
+        os.kill(lost.process, signal.SIGSTOP)
+        # Time for an answer that is on its way.
+        time.sleep(0.5)
+        if lost.future.done():
+            os.kill(lost.process, signal.SIGCONT)
+            return False
     node = next(node for node in cluster.list_all_nodes() if node.node_id == lost.node)
     for worker in trainer._workers:
         if worker.node == lost.node:
@@ -125,6 +141,7 @@ def lose_node(cluster: Any, trainer: RayTrainer) -> None:
     for worker in trainer._workers:
         if worker.node == lost.node:
             os.kill(worker.process, signal.SIGKILL)
+    return True
 
 
 def long_plan(size: int) -> GenerationPlan:
@@ -133,16 +150,17 @@ def long_plan(size: int) -> GenerationPlan:
     return dataclasses.replace(plan, length=dataclasses.replace(plan.length, intervals=4, batches_per_interval=60))
 
 
-class _AtChild(SilentObserver):
-    """Does something when so many children are finished."""
+class _FromChild(SilentObserver):
+    """Does something when so many children are finished, and again after each that is not its generation's last, until that worked."""
 
     def __init__(self, number: int, action: Any) -> None:
-        self._number, self._action = number, action
+        self._least, self._action = number, action
+        self._number, self._is_done = 0, False
 
     def child_finished(self, plan: Any, record: Any) -> None:
-        self._number -= 1
-        if self._number == 0:
-            self._action()
+        self._number += 1
+        if not self._is_done and self._number >= self._least and self._number % PLAN.search.generation_size:
+            self._is_done = self._action()
 
 
 def test_a_worker_that_is_killed_costs_its_pack_only(cluster: Any, system: System) -> None:
@@ -248,7 +266,7 @@ def test_workers_end_with_their_trainer(cluster: Any, system: System) -> None:
 
 
 def assert_gone(processes: list[int]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(lives, processes)):
         assert time.monotonic() < deadline, "workers outlived what they were for"
         time.sleep(0.1)
@@ -259,7 +277,9 @@ def test_workers_end_with_a_search_that_is_killed(cluster: Any, system: System, 
     script.write_text(
         "import sys, time\n"
         "from evolve.store import System\n"
-        "from tests.evolve.training.test_ray import DATA, RayTrainer, SETTINGS, long_plan\n"
+        "from evolve.training import ray_cluster\n"
+        "from tests.evolve.training.test_ray import DATA, RayTrainer, SETTINGS, SLOW_SECONDS, long_plan\n"
+        "ray_cluster.CONNECT_SECONDS = SLOW_SECONDS\n"
         "settings = SETTINGS.model_copy(update={'executor': 'ray', 'address': sys.argv[2], 'workers': 1})\n"
         "trainer = RayTrainer(System.open(sys.argv[1]), DATA, settings)\n"
         "next(trainer.train(long_plan(4)))\n"
@@ -326,7 +346,7 @@ def test_a_search_with_a_node_lost_in_its_middle_is_the_search_of_one_process(
         trainers.append(RayTrainer(system, data, plan.training, told.append))
         return trainers[0]
 
-    api.run_tasks(system, [DATA], plan, make_trainer=make, observer=_AtChild(2, lambda: lose_node(cluster, trainers[0])))
+    api.run_tasks(system, [DATA], plan, make_trainer=make, observer=_FromChild(2, lambda: lose_node(cluster, trainers[0])))
     alone = make_system(tmp_path / "alone")
     single = plan.training.model_copy(update={"executor": "processes", "address": None, "workers": 1})
     api.run_tasks(alone, [DATA], dataclasses.replace(plan, training=single))
