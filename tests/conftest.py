@@ -13,8 +13,11 @@ import hypothesis
 import pytest
 
 # Whether an example took 200 ms, or ten of them a second to draw, says what else this machine did, and nothing of what is tested.
-hypothesis.settings.register_profile("any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("any speed")
+# What is drawn is the same in every run; `pytest --hypothesis-profile=anew` draws something else each time.
+_ANY_SPEED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("anew", **_ANY_SPEED)
+hypothesis.settings.register_profile("same", derandomize=True, **_ANY_SPEED)
+hypothesis.settings.load_profile("same")
 
 # Read when torch loads, as `munet-evolve` sets it: tests run beside each other, and threads that wait in a busy loop take the others' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

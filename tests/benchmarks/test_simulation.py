@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.simulation import Search, Workers, simulate
@@ -33,7 +33,6 @@ def alone(search: Search) -> float:
     return fixed + packs * search.handle + search.work
 
 
-@settings(deadline=None)
 @given(SEARCHES)
 def test_one_worker_takes_the_sum(search):
     outcome = simulate([search], [Workers.alike(1)])
@@ -41,14 +40,12 @@ def test_one_worker_takes_the_sum(search):
     assert (outcome.lost, outcome.waited, outcome.num_deaths) == (0, 0, 0)
 
 
-@settings(deadline=None)
 @given(st.lists(SEARCHES, min_size=1, max_size=5), st.integers(1, 6))
 def test_more_workers_are_never_slower(searches, count):
     fewer, more = (simulate(searches, [Workers.alike(number)]) for number in (count, count + 1))
     assert more.wall <= fewer.wall + 1e-6
 
 
-@settings(deadline=None)
 @given(st.lists(SEARCHES, min_size=1, max_size=5), st.integers(1, 4), st.integers(1, 4))
 def test_work_is_neither_lost_nor_done_twice(searches, slots, count):
     outcome = simulate(searches, [Workers.alike(count)] * slots)
@@ -60,7 +57,6 @@ def test_work_is_neither_lost_nor_done_twice(searches, slots, count):
     assert outcome.wall >= sum(search.open + search.close for search in searches) - 1e-6
 
 
-@settings(deadline=None)
 @given(st.lists(SEARCHES, min_size=1, max_size=4), st.integers(0, 100), st.booleans(), st.integers(1, 4))
 def test_deaths_cost_time_and_no_work(searches, seed, one_fate, count):
     mortal = Workers((1.0,) * count, mean_life_seconds=60, restart_seconds=5, one_fate=one_fate)
@@ -73,7 +69,6 @@ def test_deaths_cost_time_and_no_work(searches, seed, one_fate, count):
         assert before + outcome.lost - 1e-6 <= outcome.wall <= before + outcome.lost + 5 * outcome.num_deaths + 1e-6
 
 
-@settings(deadline=None)
 @given(SEARCHES, st.floats(0.1, 10))
 def test_a_faster_worker_takes_less_for_packs_alone(search, speed):
     wall = simulate([search], [Workers((speed,))]).wall

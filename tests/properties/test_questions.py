@@ -89,7 +89,7 @@ def check_answer(asked: Asked, question: tuple[list[str], int, int], logits: Any
 
 # This one first: in the other, rows of those who left may still run when it ends.
 @hypothesis.given(questions=QUESTIONS)
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(max_examples=20)
 def test_each_row_runs_once_and_gets_what_it_gets_alone(asked: Asked, questions: list[tuple[list[str], int, int]]) -> None:
     before = asked.rows_of_first_segment()
     for question, future in zip(questions, ask_all(asked, questions), strict=True):
@@ -99,7 +99,7 @@ def test_each_row_runs_once_and_gets_what_it_gets_alone(asked: Asked, questions:
 
 
 @hypothesis.given(questions=QUESTIONS, leaving=st.sets(st.integers(0, 11)))
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(max_examples=20)
 def test_whoever_leaves_changes_nobody_elses_answer(
     asked: Asked, questions: list[tuple[list[str], int, int]], leaving: set[int]
 ) -> None:

@@ -81,7 +81,7 @@ def test_cut_after_any_record_or_in_its_middle(tmp_path, finished, unpublished):
     assert len(lengths) > 20
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1), collects=st.booleans(), later=st.integers(0, 9))
 def test_cut_anywhere_collected_and_killed_once_more(tmp_path_factory, finished, unpublished, share, collects, later):
     _, expected = finished
@@ -98,7 +98,7 @@ def test_cut_anywhere_collected_and_killed_once_more(tmp_path_factory, finished,
     assert verify(system) == []
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), collects=st.booleans())
 def test_with_any_bit_altered_what_is_whole_is_kept_and_the_end_is_the_same(
     tmp_path_factory, finished, unpublished, share, bit, collects

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolve.closing import ActiveTask
@@ -40,7 +40,7 @@ PLANS = st.builds(
 TASKS = st.lists(st.tuples(st.integers(2, 5), st.booleans()), min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(plan=PLANS, tasks=TASKS, num_blocks=st.integers(1, 4))
 def test_invariants_of_a_system(plan: SearchPlan, tasks: list[tuple[int, bool]], num_blocks: int):
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def _check_paths(system: System, active: list[ActiveTask]) -> None:
         assert widths <= {path.hyperparameters.adapter_width}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(plan=PLANS, width=st.integers(1, 5), backwards=st.booleans())
 def test_packing_changes_nothing(plan: SearchPlan, width: int, backwards: bool):
     def packs(children):

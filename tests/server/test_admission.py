@@ -82,7 +82,6 @@ AMOUNTS = st.floats(0, 1e6, allow_nan=False)
     st.dictionaries(st.sampled_from("abcdef"), AMOUNTS), st.sampled_from("abcdef"), AMOUNTS, AMOUNTS,
     st.one_of(st.none(), st.floats(-1, 1e6)), st.integers(1, 8),
 )  # fmt: skip
-@hypothesis.settings(deadline=None)
 def test_a_refusal_is_always_one_of_two_and_bounded(
     open_seconds: dict[str, float], flow: str, work: float, alone: float, left: float | None, num_workers: int
 ) -> None:
@@ -102,7 +101,6 @@ def test_a_refusal_is_always_one_of_two_and_bounded(
 
 
 @hypothesis.given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.floats(0, 100), st.floats(0, 1)), max_size=40))
-@hypothesis.settings(deadline=None)
 def test_what_comes_and_goes_leaves_nothing(questions: list[tuple[str, int, float, float]]) -> None:
     admission = Admission(10**6, 1)
     for flow, rows, seconds, _ in questions:

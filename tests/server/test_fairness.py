@@ -60,7 +60,6 @@ def test_flows_that_are_not_ahead_are_forgotten() -> None:
     st.integers(1, 1000),
     st.lists(st.tuples(st.booleans(), st.sampled_from("abc"), st.integers(1, 100)), max_size=200),
 )
-@hypothesis.settings(deadline=None)
 def test_a_room_is_never_too_full(size: int, steps: list[tuple[bool, str, int]]) -> None:
     room = SharedRoom(size)
     held: collections.Counter[str] = collections.Counter()

@@ -251,7 +251,7 @@ class Turmoil:
 MOVES = st.sampled_from(["publish", "reload", "back", "1", "2", "3", "canary", "no canary"])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(moves=st.lists(MOVES, min_size=3, max_size=8))
 def test_whatever_happens_at_once_no_answer_is_torn_and_nothing_stays_loaded(moves: list[str]) -> None:
     async def test(watched: Watched) -> None:

@@ -8,16 +8,12 @@ which knows no other address than the hub's; and numbers that would take too lon
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
-import os
 import pathlib
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -41,6 +37,7 @@ from evolve.root import load_root
 from evolve.training.pretraining import PretrainingSettings
 from server.config import read_settings
 from server.errors import SettingsError
+from tests.support.ports import lasting_port
 from tests.support.processes import TOP, environment
 from tests.support.published import pixels, png, write_mnist, write_parquet
 from tests.support.repository import RepositoryBuilder, TaskPlan
@@ -337,7 +334,7 @@ class Stranger:
         self._python = python
         self.output: list[str] = []
         self._servers: list[subprocess.Popen[bytes]] = []
-        self._server, self._admin, self._triton, triton_http = _free_addresses(4)
+        self._server, self._admin, self._triton, triton_http = (f"127.0.0.1:{lasting_port()}" for _ in range(4))
         make_materials(folder)
         (folder / ".triton").symlink_to(TOP / ".triton")
         commands = folder.parent / f"{folder.name}-commands"
@@ -522,16 +519,3 @@ def _load_any(file: pathlib.Path, block: Block) -> None:
         read_settings(file, {})
     except SettingsError as error:
         raise PageError(f"{block.where}: found no settings of any kind:\n" + "\n".join([*findings, str(error)])) from error
-
-
-_ports = itertools.count(20_000 + 1200 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) + os.getpid() % 800)
-"""For this process of a run alone, and none that the system gives to whoever asks for any: servers take them minutes later."""
-
-
-def _free_addresses(number: int) -> list[str]:
-    found: list[str] = []
-    while len(found) < number:
-        port = next(_ports)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(f"127.0.0.1:{port}")
-    return found

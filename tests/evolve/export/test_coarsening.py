@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve.export.coarsening import Choice, Coarseness, Cuts, EngineCosts, RouteCosts, choose
@@ -116,7 +116,6 @@ def test_where_only_hops_cost_and_memory_is_enough_each_task_is_one_piece(system
     assert set(sizes(choice).values()) == {1}
 
 
-@settings(deadline=None)
 @given(systems(most_tasks=3, most_segments=4), coarsenesses)
 def test_it_costs_what_going_through_every_request_says_and_hardly_more_than_the_best(system, wanted):
     routes, weights = system

@@ -27,7 +27,6 @@ def test_what_has_not_been_seen_costs_nothing_but_counts() -> None:
 
 
 @hypothesis.given(st.floats(0, 1), st.floats(1e-4, 1), st.lists(st.integers(1, 32), min_size=1, max_size=6))
-@hypothesis.settings(deadline=None)
 def test_a_line_is_found(fixed: float, per_row: float, sizes: list[int]) -> None:
     """Where one size was seen, at that."""
     costs = learnt([(rows, fixed + per_row * rows) for rows in sizes * 30])
@@ -36,7 +35,6 @@ def test_a_line_is_found(fixed: float, per_row: float, sizes: list[int]) -> None
 
 
 @hypothesis.given(BATCHES, st.integers(1, 64), st.integers(1, 64))
-@hypothesis.settings(deadline=None)
 def test_predictions_are_sane_whatever_was_seen(batches: list[tuple[int, float]], rows: int, more: int) -> None:
     costs = learnt(batches)
     few, many = costs.batch_seconds(KIND, rows, 0.0), costs.batch_seconds(KIND, rows + more, 0.0)
@@ -47,7 +45,6 @@ def test_predictions_are_sane_whatever_was_seen(batches: list[tuple[int, float]]
 
 
 @hypothesis.given(BATCHES, st.floats(1e-3, 1e-1))
-@hypothesis.settings(deadline=None)
 def test_a_wrong_estimate_recovers(batches: list[tuple[int, float]], truth: float) -> None:
     """With every batch that runs; and while none runs, with time alone."""
     costs = learnt(batches)
@@ -65,7 +62,6 @@ def test_a_machine_that_stood_still_for_a_moment_changes_little() -> None:
 
 
 @hypothesis.given(st.floats(0, 1), st.floats(1e-4, 1), st.integers(2, 64))
-@hypothesis.settings(deadline=None)
 def test_enough_rows_are_as_few_as_hardly_cost_more(fixed: float, per_row: float, most: int) -> None:
     assert learnt([(most, fixed + per_row * most)] * 30).enough_rows(KIND, most) == most
     costs = learnt([(rows, fixed + per_row * rows) for rows in (1, 2, most)] * 10)

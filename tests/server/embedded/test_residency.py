@@ -170,7 +170,7 @@ STEPS = st.lists(
 
 
 @hypothesis.given(STEPS, st.integers(LARGEST, sum(SIZES.values())))
-@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.settings(max_examples=100)
 def test_whatever_happens_it_keeps_the_limit_and_everything_comes_to_its_end(steps: list[tuple], limit: int) -> None:
     """What is needed first comes first; what runs, is needed earlier, or is shared does not go for it; nothing waits for ever."""
     simulation = Simulation(limit, SIZES, TREES)

@@ -101,7 +101,7 @@ STEPS = st.lists(
 
 
 @hypothesis.given(STEPS)
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(max_examples=200)
 def test_it_does_what_the_model_does(steps: list[tuple]) -> None:
     """No row lost or run twice, turns by flow and then by due time, batches of one lane, none of an expired or dropped request."""
     scheduler: Scheduler[str] = Scheduler()
@@ -141,7 +141,6 @@ def test_it_does_what_the_model_does(steps: list[tuple]) -> None:
     st.lists(st.tuples(st.integers(1, 6), st.sampled_from(LANES), st.floats(0, 100), st.sampled_from("abc")), min_size=1, max_size=30),
     st.sets(st.integers(0, 29)),
 )  # fmt: skip
-@hypothesis.settings(deadline=None)
 def test_cancelling_anyone_changes_nobody_elses_turn(added: list[tuple[int, Lane, float, str]], cancelled: set[int]) -> None:
     def order(dropped: set[int], skipped: set[int]) -> list[tuple[int, int]]:
         scheduler: Scheduler[str] = Scheduler()
@@ -159,7 +158,6 @@ def test_cancelling_anyone_changes_nobody_elses_turn(added: list[tuple[int, Lane
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(1, 6), st.floats(0, 100)), min_size=1, max_size=20))
-@hypothesis.settings(deadline=None)
 def test_of_one_task_the_oldest_deadline_is_first(added: list[tuple[int, float]]) -> None:
     scheduler: Scheduler[str] = Scheduler()
     for request, (count, due) in enumerate(added):
@@ -173,7 +171,6 @@ def test_of_one_task_the_oldest_deadline_is_first(added: list[tuple[int, float]]
 @hypothesis.given(
     st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(LANES), st.integers(1, 20), st.floats(0, 100)), min_size=2, max_size=40)
 )  # fmt: skip
-@hypothesis.settings(deadline=None)
 def test_flows_that_wait_have_had_alike(added: list[tuple[str, Lane, int, float]]) -> None:
     """At any time, what two flows have had that both waited all along differs by no more than a batch of each."""
     scheduler: Scheduler[str] = Scheduler()
@@ -192,7 +189,6 @@ def test_flows_that_wait_have_had_alike(added: list[tuple[str, Lane, int, float]
 
 
 @hypothesis.given(st.integers(1, 6), st.integers(0, 50), st.sampled_from(LANES), st.sampled_from(LANES), st.floats(0, 100))
-@hypothesis.settings(deadline=None)
 def test_nobody_starves(num_floods: int, num_before: int, theirs: Lane, own: Lane, due: float) -> None:
     """However long others flood, with whatever deadlines, a row's turn comes after a batch or two of each of them."""
     scheduler: Scheduler[str] = Scheduler()
@@ -463,7 +459,7 @@ def test_what_has_begun_goes_on_beside_a_flood() -> None:
         max_size=60,
     ),
 )
-@hypothesis.settings(deadline=None, max_examples=200)
+@hypothesis.settings(max_examples=200)
 def test_each_turn_is_that_of_one_kind_of_workers_and_no_row_is_lost(num_workers: int, steps: list[tuple]) -> None:
     scheduler: Scheduler[str] = Scheduler(num_workers)
     running: list[tuple[Priority, frozenset[str]]] = []
