@@ -79,6 +79,7 @@ class Size:
         children: of the search that is run with one worker and with two.
         batches: of each interval of it.
         campaign: tasks of a campaign, at most.
+        apart: whether what starts workers is in a process of its own: they start quicker where others have been before.
     """
 
     architecture: Architecture
@@ -89,10 +90,11 @@ class Size:
     children: int
     batches: int
     campaign: int
+    apart: bool
 
 
-FULL = Size(CHARACTERS, (10, 100, 1000), (10_000,), (10, 100, 1000), 3, 16, 20, 10_000)
-TRIAL = Size(SMOKE, (4, 8), (12,), (2,), 1, 4, 1, 100)
+FULL = Size(CHARACTERS, (10, 100, 1000), (10_000,), (10, 100, 1000), 3, 16, 20, 10_000, True)
+TRIAL = Size(SMOKE, (4, 8), (12,), (2,), 1, 4, 1, 100, False)
 
 
 def main() -> None:
@@ -141,9 +143,9 @@ def compare_workers(folder: pathlib.Path, size: Size, report: Report) -> Measure
         training=TrainingSettings(batch_size=64, intervals=4, batches_per_interval=size.batches, device="cpu", threads=1),
     )
     one = Ran.of(folder / "workers-1", data, root, plan, 1)
-    # Each in a process of its own: workers start quicker where others have been before.
-    start = apart(start_of_workers, folder / "workers-1", data, plan.training)
-    two = apart(Ran.of, folder / "workers-2", data, root, plan, 2)
+    run = apart if size.apart else here
+    start = run(start_of_workers, folder / "workers-1", data, plan.training)
+    two = run(Ran.of, folder / "workers-2", data, root, plan, 2)
     handle = (one.wall - sum(map(sum, one.generations)) - one.examine) / size.children
     predicted = {
         "from one worker's children": one.predict(start, handle, 2),
@@ -208,6 +210,11 @@ class Ran:
         """Returns what the simulation says of so many workers."""
         search = Search(self.generations, start=start, handle=handle, examine=self.examine)
         return simulate([search], [Workers.alike(workers)]).wall
+
+
+def here(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a call gives."""
+    return call(*arguments)
 
 
 def apart(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -222,8 +222,8 @@ def test_whole_search(tmp_path, warm_python):
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_SECONDS)
-def test_scaling(tmp_path):
-    lines = smoke("scaling", tmp_path)
+def test_scaling(tmp_path, warm_python):
+    lines = smoke("scaling", tmp_path, warm_python)
     figures = figures_of(lines)
     assert figures.keys() == {"P1", "P2", "P3", "P4"}
     assert {line["kind"] for line in lines[:-1]} == {"measured", "arithmetic", "simulated"}
