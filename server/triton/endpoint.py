@@ -41,8 +41,9 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # An endpoint that comes back is wanted at once, not when two minutes of growing pauses are over.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # In spite of its name, how long an attempt to connect may take. One that is refused ends at once all the same.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     # A new channel is a new connection.
     ("grpc.use_local_subchannel_pool", 1),
 )
