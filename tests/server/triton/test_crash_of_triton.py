@@ -84,5 +84,5 @@ def test_triton_crashes_when_clients_leave_an_ensemble_with_steps_side_by_side(
             leave(ask, rng.uniform(0, 2 * usual))
             num_calls += 1
     assert not triton.is_running, f"{num_calls} calls were left and Triton lives: may decision 14 be thought over?"
-    # What is written to after it was freed is found out by the processor or, at times, by the C library.
+    # Writing to what was freed may be found out by the processor or by the C library.
     assert triton.outcome in ("signal 11", "signal 6")
