@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, MpoImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 # Else Pillow would load its plugins when the first image needs one: where no file can be opened then, the image would be blamed.
+# Those that are imported above without a use, `preinit` leaves out.
 Image.preinit()
 
 VERSION = 1

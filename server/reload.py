@@ -342,6 +342,7 @@ class Reloader:
             generation = await self._giving_way(self._repository.read, pointer.number)
             await self._try_beside(generation, pointer, started)
         except Exception as error:
+            # Whatever is wrong with a canary, it is refused and what serves goes on.
             self._end_trial(Canary(pointer, _reason_of(error)))
             _log.error("no canary: %s", _reason_of(error))
             self._record(pointer.number, started, _reason_of(error), is_canary=True)

@@ -215,6 +215,7 @@ def saturate(address: str, image: bytes, seconds: float) -> float:
 
     async def run() -> float:
         async with grpc.aio.insecure_channel(address) as channel:
+            # What gRPC generates has no types.
             stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
             counter = Counter(seconds)
 
@@ -235,6 +236,7 @@ def ask(load: Load) -> list[Outcome]:
 
     async def run() -> list[Outcome]:
         async with grpc.aio.insecure_channel(load.address) as channel:
+            # What gRPC generates has no types.
             stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
             await channel.channel_ready()
             loop = asyncio.get_running_loop()

@@ -72,6 +72,7 @@ class _Wrapped:
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            # The edge of the process, as in `server.front_door.edge`: the caller gets a status.
             await self._abort(error, context)
 
     async def stream(self, given: Any, context: Context) -> AsyncIterator[Any]:

@@ -48,49 +48,47 @@ def test_the_first_bad_image_is_named() -> None:
     preprocessor.close()
 
 
-def test_what_nobody_waits_for_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.preprocessing as module
+class SlowDecoding:
+    """Stands for `decode`: does the same once it is told to go on.
 
-    begun = threading.Event()
-    go_on = threading.Event()
-    decoded = []
+    Attributes:
+        begun: whether an image was begun.
+        go_on: tells it.
+        decoded: the images, in order.
+    """
 
-    def slow(data: bytes, limits: Any) -> Any:
-        decoded.append(data)
-        begun.set()
-        go_on.wait(60)
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        self.decoded: list[bytes] = []
+        patch.setattr("server.preprocessing.decode", self._decode)
+
+    def _decode(self, data: bytes, limits: ImageLimits) -> Any:
+        self.decoded.append(data)
+        self.begun.set()
+        self.go_on.wait(60)
         return decode(data, limits)
 
-    monkeypatch.setattr(module, "decode", slow)
+
+def test_what_nobody_waits_for_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowDecoding(monkeypatch)
     preprocessor = Preprocessor(1, ImageLimits())
 
     async def ask() -> None:
         waiting = asyncio.create_task(preprocessor.to_rows([EncodedImage(encode(PIXELS))] * 20, [8], "images[{index}]"))
-        await asyncio.to_thread(begun.wait, 60)
+        await asyncio.to_thread(slow.begun.wait, 60)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        go_on.set()
+        slow.go_on.set()
 
     asyncio.run(ask())
     preprocessor.close()
-    assert len(decoded) == 1
+    assert len(slow.decoded) == 1
 
 
 def test_one_image_does_not_wait_for_all_of_a_flood(monkeypatch: pytest.MonkeyPatch) -> None:
-    import server.preprocessing as module
-
-    begun = threading.Event()
-    go_on = threading.Event()
-    decoded = []
-
-    def slow(data: bytes, limits: Any) -> Any:
-        decoded.append(data)
-        begun.set()
-        go_on.wait(60)
-        return decode(data, limits)
-
-    monkeypatch.setattr(module, "decode", slow)
+    slow = SlowDecoding(monkeypatch)
     preprocessor = Preprocessor(1, ImageLimits())
     loud, quiet = encode(PIXELS), encode(PIXELS, "JPEG")
 
@@ -98,17 +96,17 @@ def test_one_image_does_not_wait_for_all_of_a_flood(monkeypatch: pytest.MonkeyPa
         flood = [
             asyncio.create_task(preprocessor.to_rows([EncodedImage(loud)] * 20, [8], "images[{index}]", "loud")) for _ in range(2)
         ]
-        await asyncio.to_thread(begun.wait, 60)
+        await asyncio.to_thread(slow.begun.wait, 60)
         single = asyncio.create_task(preprocessor.to_rows([EncodedImage(quiet)], [8], "image", "quiet"))
         left = asyncio.create_task(preprocessor.to_rows([EncodedImage(b"nobody waits for it")], [8], "image", "quiet"))
         await asyncio.sleep(0)
         left.cancel()
-        go_on.set()
+        slow.go_on.set()
         assert (await single)[0].shape == (1, 8, 8, 3)
         await asyncio.gather(*flood)
 
     asyncio.run(ask())
     preprocessor.close()
     # One is worked on, and one more is with the threads already.
-    assert decoded.index(quiet) <= 2
-    assert len(decoded) == 41
+    assert slow.decoded.index(quiet) <= 2
+    assert len(slow.decoded) == 41
