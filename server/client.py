@@ -28,6 +28,7 @@ from server.errors import (
     CallError,
     CallRefusedError,
     CallTimeoutError,
+    ClientClosedError,
     ServerBusyError,
     ServerFailedError,
     ServerUnreachableError,
@@ -69,6 +70,7 @@ __all__ = [
     "ClassifyResult",
     "ClassifyTasksResult",
     "Client",
+    "ClientClosedError",
     "Credentials",
     "FileAnswer",
     "Image",
@@ -171,7 +173,7 @@ class _Blocking:
         return finish(self._sender.send(call))
 
     def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection; calls under way and later ones raise ClientClosedError."""
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -214,7 +216,7 @@ class _Awaited:
         return await self._sender.send(call)
 
     async def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection; calls under way and later ones raise ClientClosedError."""
         await self._transport.close()
 
     async def __aenter__(self) -> Self:

@@ -657,6 +657,13 @@ class CallTimeoutError(CallError):
     """The call's deadline passed."""
 
 
+class ClientClosedError(CallError):
+    """The client was closed before the call was answered."""
+
+    def __init__(self, server: str, method: str) -> None:
+        super().__init__(server, method, "CANCELLED", "found a client that is closed, expected an open one; make another")
+
+
 class ServerBusyError(CallError):
     """Too much waits at the server; try again later."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from server.errors import (
     CallError,
     CallRefusedError,
     CallTimeoutError,
+    ClientClosedError,
     ServerBusyError,
     ServerFailedError,
     ServerUnreachableError,
@@ -81,22 +83,19 @@ class BlockingTransport:
     async def ask(self, call: Call[_T], timeout_seconds: float | None) -> _T:
         """See `server.sending.Transport`."""
         method = self._channel.unary_unary(call.method, _serialize, call.response.FromString)
-        try:
+        with _our_errors(self.server, call.method, self._closed):
             return call.read(method(call.request, timeout=timeout_seconds, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
 
     async def receive(self, call: Call[_T]) -> AsyncGenerator[_T, None]:
         """See `server.sending.Transport`."""
         method = self._channel.unary_stream(call.method, _serialize, call.response.FromString)
-        stream = method(call.request, timeout=call.timeout_seconds, metadata=self._metadata)
-        try:
-            for answer in stream:
-                yield call.read(answer)
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
-        finally:
-            stream.cancel()
+        with _our_errors(self.server, call.method, self._closed):
+            stream = method(call.request, timeout=call.timeout_seconds, metadata=self._metadata)
+            try:
+                for answer in stream:
+                    yield call.read(answer)
+            finally:
+                stream.cancel()
 
     async def stream(
         self, call: Call[_T], requests: AsyncGenerator[message.Message, None], timeout_seconds: float | None
@@ -104,14 +103,13 @@ class BlockingTransport:
         """See `server.sending.Transport`."""
         method = self._channel.stream_stream(call.method, _serialize, call.response.FromString)
         # gRPC asks for the requests in a thread of its own.
-        stream = method(iterated(requests), timeout=timeout_seconds, metadata=self._metadata)
-        try:
-            for answer in stream:
-                yield call.read(answer)
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
-        finally:
-            stream.cancel()
+        with _our_errors(self.server, call.method, self._closed):
+            stream = method(iterated(requests), timeout=timeout_seconds, metadata=self._metadata)
+            try:
+                for answer in stream:
+                    yield call.read(answer)
+            finally:
+                stream.cancel()
 
     async def sleep(self, seconds: float) -> None:
         """See `server.sending.Transport`. Closing the transport ends it."""
@@ -153,44 +151,43 @@ class AsyncioTransport:
     def __init__(self, server: str, channel: grpc.aio.Channel | None, credentials: Credentials | None) -> None:
         self.server = server
         self._channel, self._metadata = _connect(server, channel, credentials, grpc.aio.secure_channel, grpc.aio.insecure_channel)
+        self._closed = asyncio.Event()
 
     async def ask(self, call: Call[_T], timeout_seconds: float | None) -> _T:
         """See `server.sending.Transport`."""
         method = self._channel.unary_unary(call.method, _serialize, call.response.FromString)
-        try:
+        with _our_errors(self.server, call.method, self._closed):
             return call.read(await method(call.request, timeout=timeout_seconds, metadata=self._metadata))
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
 
     async def receive(self, call: Call[_T]) -> AsyncGenerator[_T, None]:
         """See `server.sending.Transport`."""
         method = self._channel.unary_stream(call.method, _serialize, call.response.FromString)
-        stream = method(call.request, timeout=call.timeout_seconds, metadata=self._metadata)
-        try:
-            async for answer in stream:
-                yield call.read(answer)
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
-        finally:
-            stream.cancel()
+        with _our_errors(self.server, call.method, self._closed):
+            stream = method(call.request, timeout=call.timeout_seconds, metadata=self._metadata)
+            try:
+                async for answer in stream:
+                    yield call.read(answer)
+            finally:
+                stream.cancel()
 
     async def stream(
         self, call: Call[_T], requests: AsyncGenerator[message.Message, None], timeout_seconds: float | None
     ) -> AsyncGenerator[_T, None]:
         """See `server.sending.Transport`."""
         method = self._channel.stream_stream(call.method, _serialize, call.response.FromString)
-        stream = method(requests, timeout=timeout_seconds, metadata=self._metadata)
-        try:
-            async for answer in stream:
-                yield call.read(answer)
-        except grpc.RpcError as error:
-            raise _to_call_error(self.server, call.method, error) from error
-        finally:
-            stream.cancel()
+        with _our_errors(self.server, call.method, self._closed):
+            stream = method(requests, timeout=timeout_seconds, metadata=self._metadata)
+            try:
+                async for answer in stream:
+                    yield call.read(answer)
+            finally:
+                stream.cancel()
 
     async def sleep(self, seconds: float) -> None:
-        """See `server.sending.Transport`."""
-        await asyncio.sleep(seconds)
+        """See `server.sending.Transport`. Closing the transport ends it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
 
     async def read(self, function: Callable[[], _T]) -> _T:
         """See `server.sending.Transport`."""
@@ -206,6 +203,7 @@ class AsyncioTransport:
 
     async def close(self) -> None:
         """Closes the connection; calls under way are cancelled."""
+        self._closed.set()
         await self._channel.close()
 
 
@@ -293,6 +291,28 @@ def to_call_error(server: str, method: str, code: int, words: str, retry_after_s
     status = _STATUS_OF_CODE.get(code, grpc.StatusCode.UNKNOWN)
     cls = _ERROR_OF_STATUS.get(status, ServerFailedError)
     return cls(server, method.rpartition("/")[2], status.name, words, retry_after_seconds)
+
+
+@contextlib.contextmanager
+def _our_errors(server: str, method: str, closed: threading.Event | asyncio.Event) -> Iterator[None]:
+    """Raises as errors of ours what gRPC raises of a call."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        if closed.is_set() and error.code() is grpc.StatusCode.CANCELLED:
+            raise ClientClosedError(server, method.rpartition("/")[2]) from error
+        raise _to_call_error(server, method, error) from error
+    except (ValueError, grpc.aio.UsageError) as error:
+        # What gRPC raises of a closed channel.
+        if not closed.is_set():
+            raise
+        raise ClientClosedError(server, method.rpartition("/")[2]) from error
+    except asyncio.CancelledError as error:
+        # A channel of asyncio that is closed cancels what waits for its calls, which nobody has cancelled.
+        task = asyncio.current_task()
+        if not closed.is_set() or task is None or task.cancelling():
+            raise
+        raise ClientClosedError(server, method.rpartition("/")[2]) from error
 
 
 def _to_call_error(server: str, method: str, error: grpc.RpcError) -> CallError:

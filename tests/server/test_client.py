@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,9 @@ from server.client import (
     AdminClient,
     AsyncAdminClient,
     AsyncClient,
-    CallError,
     CallTimeoutError,
     Client,
+    ClientClosedError,
     Retry,
     ServerBusyError,
     ServerFailedError,
@@ -30,6 +31,7 @@ from server.client import (
 from server.transports import _retry_after_seconds, finish
 from tests.support.flaky import FlakyServer, details
 from tests.support.ports import lasting_port
+from tests.support.serving import wait_until
 
 GONE = (grpc.StatusCode.UNAVAILABLE, None)
 QUICK = Retry(first_pause_seconds=0.001)
@@ -166,17 +168,79 @@ def test_orders_to_a_server_are_given_once(flaky: FlakyServer) -> None:
     assert len(flaky.remaining_seconds) == 1
 
 
-def test_a_closed_client_waits_for_no_further_attempt(flaky: FlakyServer) -> None:
+def test_a_client_that_is_closed_between_two_attempts_ends_its_calls(flaky: FlakyServer) -> None:
     flaky.failures = [(grpc.StatusCode.UNAVAILABLE, 30.0)] * 9
     client = Client(flaky.address)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         asked = threads.submit(client.list_tasks, timeout_seconds=None)
-        while not flaky.remaining_seconds:
-            time.sleep(0.005)
+        wait_until(lambda: bool(flaky.remaining_seconds))
         client.close()
-        # It is closed between two attempts, or while the answer to the first is on its way.
-        with pytest.raises((ValueError, CallError), match=r"(?i)clos|cancel"):
+        with pytest.raises(ClientClosedError, match="expected an open one"):
             asked.result(20)
+    assert len(flaky.remaining_seconds) == 1
+
+
+def test_so_does_one_for_asyncio(flaky: FlakyServer) -> None:
+    async def ask() -> None:
+        flaky.failures = [(grpc.StatusCode.UNAVAILABLE, 30.0)] * 9
+        client = AsyncClient(flaky.address)
+        asked = asyncio.create_task(client.list_tasks(timeout_seconds=None))
+        while not flaky.remaining_seconds:
+            await asyncio.sleep(0.005)
+        await client.close()
+        with pytest.raises(ClientClosedError, match="expected an open one"):
+            await asyncio.wait_for(asked, 20)
+        assert len(flaky.remaining_seconds) == 1
+
+    asyncio.run(ask())
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of something that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_closing_a_client_ends_calls_under_way_and_refuses_later_ones(mute: str) -> None:
+    client = Client(mute)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(client.list_tasks, timeout_seconds=None)
+        watched = threads.submit(lambda: list(client.watch_tasks()))
+        time.sleep(0.2)
+        client.close()
+        for future in (asked, watched):
+            with pytest.raises(ClientClosedError):
+                future.result(20)
+    for late in (client.list_tasks, lambda: list(client.watch_tasks()), lambda: list(client.classify_stream(iter(())))):
+        with pytest.raises(ClientClosedError):
+            late()
+
+
+def test_so_does_closing_one_for_asyncio_unless_whoever_waits_is_cancelled(mute: str) -> None:
+    async def watch(client: AsyncClient) -> None:
+        async for _ in client.watch_tasks():
+            pass
+
+    async def ask() -> None:
+        client = AsyncClient(mute)
+        asked = asyncio.create_task(client.list_tasks(timeout_seconds=None))
+        watched = asyncio.create_task(watch(client))
+        left = asyncio.create_task(client.list_tasks(timeout_seconds=None))
+        await asyncio.sleep(0.2)
+        left.cancel()
+        await client.close()
+        for task in (asked, watched):
+            with pytest.raises(ClientClosedError):
+                await asyncio.wait_for(task, 20)
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        with pytest.raises(ClientClosedError):
+            await client.list_tasks()
+        with pytest.raises(ClientClosedError):
+            await watch(client)
+
+    asyncio.run(ask())
 
 
 def test_a_stream_that_breaks_says_so(flaky: FlakyServer) -> None:
