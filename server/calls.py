@@ -27,6 +27,7 @@ from server.results import (
     ReloadResult,
     RollbackResult,
     SegmentCounters,
+    SegmentMemory,
     ServerStatus,
     TaskChanges,
     TaskClassification,
@@ -323,6 +324,19 @@ def _to_status(answer: admin_pb2.StatusResponse) -> ServerStatus:
         kept_generations=tuple(answer.kept_generations),
         canary=_to_canary(answer.canary) if answer.HasField("canary") else None,
         tasks=tuple(map(_to_task_counters, answer.tasks)),
+        memory=_to_memory(answer.memory) if answer.HasField("memory") else None,
+    )
+
+
+def _to_memory(memory: admin_pb2.SegmentMemory) -> SegmentMemory:
+    return SegmentMemory(
+        limit_bytes=memory.limit_bytes if memory.HasField("limit_bytes") else None,
+        resident_bytes=memory.resident_bytes,
+        num_segments=memory.num_segments,
+        num_resident=memory.num_resident,
+        loads=memory.loads,
+        failed_loads=memory.failed_loads,
+        evictions=memory.evictions,
     )
 
 

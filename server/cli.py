@@ -184,7 +184,7 @@ async def running_server(settings: ServerSettings) -> AsyncIterator[RunningServe
             settings,
             InferenceServicer(classifier),
             OpenInferenceServicer(classifier, engine, preprocessor, health, settings.limits),
-            AdminServicer(reloader, engine, counts, draining, tritons.endpoints if tritons is not None else tuple),
+            AdminServicer(reloader, engine, counts, draining, tritons.endpoints if tritons is not None else tuple, memory),
             health,
             edge,
             draining,

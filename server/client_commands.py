@@ -14,7 +14,7 @@ from server.classify_command import classify
 from server.client import AdminClient, Client
 from server.connection_options import Connection, asks_admin, asks_server
 from server.errors import CallTimeoutError
-from server.results import CanaryStatus, ServerStatus, TaskChanges
+from server.results import CanaryStatus, SegmentMemory, ServerStatus, TaskChanges
 from server.top import top
 
 TimeoutOption = Annotated[float, typer.Option("--timeout", help="Deadline of each call, in seconds.")]
@@ -128,6 +128,21 @@ def _canary_lines(canary: CanaryStatus | None) -> list[str]:
     return [f"canary: generation {canary.generation}, {canary.percent:g} %{parts}; {counted(canary.num_requests, 'request')}"]
 
 
+def _memory_line(memory: SegmentMemory) -> str:
+    taken = f"memory: {memory.num_resident} of {counted(memory.num_segments, 'segment')}, {_mebibytes(memory.resident_bytes)}"
+    if memory.limit_bytes is None:
+        return taken
+    failed = f" ({memory.failed_loads} more failed)" if memory.failed_loads else ""
+    return (
+        f"{taken} of {_mebibytes(memory.limit_bytes)}; {memory.loads} loaded for questions{failed}, "
+        f"{memory.evictions} evicted for room"
+    )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
 def _status_text(status_: ServerStatus) -> str:
     lines = [
         f"generation {status_.generation}, {counted(status_.num_tasks, 'task')}, up {status_.uptime_seconds:.0f} s, "
@@ -148,6 +163,8 @@ def _status_text(status_: ServerStatus) -> str:
         held = f", generation {' and '.join(map(str, endpoint.generations))}" if endpoint.generations else ""
         wrong = f": {endpoint.reason}" if endpoint.reason else ""
         lines.append(f"Triton {endpoint.address} is {endpoint.state} since {endpoint.since:%Y-%m-%d %H:%M:%S} UTC{held}{wrong}")
+    if status_.memory is not None:
+        lines.append(_memory_line(status_.memory))
     lines.append(f"{'segment':<18}{'requested':>12}{'computed':>12}{'saved':>12}{'batches':>12}  tasks")
     lines += [
         f"{segment.name:<18}{segment.rows_requested:>12}{segment.rows_computed:>12}{segment.rows_saved:>12}"

@@ -292,6 +292,29 @@ class CanaryStatus:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SegmentMemory:
+    """What segments take of a server's memory, and what came and went there since it started.
+
+    Attributes:
+        limit_bytes: what they may take; none without a limit.
+        resident_bytes: what those are counted to take that are in memory or on their way there.
+        num_segments: how many are answered with, in memory or not.
+        num_resident: how many are in memory.
+        loads: of segments that a question needed.
+        failed_loads: loads that failed, beside those.
+        evictions: segments that went to make room.
+    """
+
+    limit_bytes: int | None
+    resident_bytes: int
+    num_segments: int
+    num_resident: int
+    loads: int
+    failed_loads: int
+    evictions: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ServerStatus:
     """What a server says of itself.
 
@@ -311,6 +334,7 @@ class ServerStatus:
         kept_generations: numbers of those that the repository holds, ascending.
         canary: what is tried beside what serves; none if nothing.
         tasks: those that were asked, in ascending order of name, if asked for.
+        memory: the segments'; none where a Triton computes.
     """
 
     generation: int
@@ -328,6 +352,7 @@ class ServerStatus:
     kept_generations: tuple[int, ...] = ()
     canary: CanaryStatus | None = None
     tasks: tuple[TaskCounters, ...] = ()
+    memory: SegmentMemory | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

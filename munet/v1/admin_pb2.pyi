@@ -29,7 +29,7 @@ class StatusRequest(_message.Message):
     def __init__(self, details: _Optional[bool] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("generation", "num_tasks", "started", "uptime", "last_reload", "segments", "engine", "version", "endpoints", "rolled_back_from", "draining", "num_in_flight", "kept_generations", "canary", "tasks")
+    __slots__ = ("generation", "num_tasks", "started", "uptime", "last_reload", "segments", "engine", "version", "endpoints", "rolled_back_from", "draining", "num_in_flight", "kept_generations", "canary", "tasks", "memory")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NUM_TASKS_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class StatusResponse(_message.Message):
     KEPT_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     generation: int
     num_tasks: int
     started: _timestamp_pb2.Timestamp
@@ -60,7 +61,26 @@ class StatusResponse(_message.Message):
     kept_generations: _containers.RepeatedScalarFieldContainer[int]
     canary: CanaryStatus
     tasks: _containers.RepeatedCompositeFieldContainer[TaskCounters]
-    def __init__(self, generation: _Optional[int] = ..., num_tasks: _Optional[int] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_reload: _Optional[_Union[ReloadAttempt, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[SegmentCounters, _Mapping]]] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., rolled_back_from: _Optional[int] = ..., draining: _Optional[bool] = ..., num_in_flight: _Optional[int] = ..., kept_generations: _Optional[_Iterable[int]] = ..., canary: _Optional[_Union[CanaryStatus, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[TaskCounters, _Mapping]]] = ...) -> None: ...
+    memory: SegmentMemory
+    def __init__(self, generation: _Optional[int] = ..., num_tasks: _Optional[int] = ..., started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_reload: _Optional[_Union[ReloadAttempt, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[SegmentCounters, _Mapping]]] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., rolled_back_from: _Optional[int] = ..., draining: _Optional[bool] = ..., num_in_flight: _Optional[int] = ..., kept_generations: _Optional[_Iterable[int]] = ..., canary: _Optional[_Union[CanaryStatus, _Mapping]] = ..., tasks: _Optional[_Iterable[_Union[TaskCounters, _Mapping]]] = ..., memory: _Optional[_Union[SegmentMemory, _Mapping]] = ...) -> None: ...
+
+class SegmentMemory(_message.Message):
+    __slots__ = ("limit_bytes", "resident_bytes", "num_segments", "num_resident", "loads", "failed_loads", "evictions")
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_LOADS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    limit_bytes: int
+    resident_bytes: int
+    num_segments: int
+    num_resident: int
+    loads: int
+    failed_loads: int
+    evictions: int
+    def __init__(self, limit_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., num_segments: _Optional[int] = ..., num_resident: _Optional[int] = ..., loads: _Optional[int] = ..., failed_loads: _Optional[int] = ..., evictions: _Optional[int] = ...) -> None: ...
 
 class CanaryStatus(_message.Message):
     __slots__ = ("generation", "percent", "percent_of_task", "refusal", "num_requests")

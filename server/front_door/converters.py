@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from munet.v1 import admin_pb2, inference_pb2
 from server.canary import Canary, Label
 from server.classification import TaskAnswer, TaskAnswers, TaskChanges
+from server.embedded.memory import MemoryStatistics
 from server.engine import SegmentDistributions, SegmentStatistics
 from server.errors import ImageRefusedError
 from server.front_door.edge import Failure
@@ -138,6 +139,19 @@ def from_canary(canary: Canary) -> admin_pb2.CanaryStatus:
         percent_of_task=canary.pointer.percent_of_task,
         refusal=canary.refusal,
         num_requests=canary.num_requests,
+    )
+
+
+def from_memory(held: MemoryStatistics) -> admin_pb2.SegmentMemory:
+    """Returns what is to be said of the segments' memory."""
+    return admin_pb2.SegmentMemory(
+        limit_bytes=held.limit_bytes,
+        resident_bytes=held.resident_bytes,
+        num_segments=held.num_segments,
+        num_resident=held.num_resident,
+        loads=held.num_loads,
+        failed_loads=held.num_failures,
+        evictions=held.num_evictions,
     )
 
 

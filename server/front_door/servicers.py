@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import munet
 from munet.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from server.classification import Classifier
+from server.embedded.memory import MemoryStatistics
 from server.engine import Engine
 from server.errors import LimitError
 from server.front_door import converters
@@ -106,6 +107,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         counts: what tasks were asked.
         draining: takes the server out of service.
         endpoints: says what the Tritons are like that compute; nothing where none do.
+        memory: says what the segments take of memory; nothing where a Triton computes.
     """
 
     def __init__(
@@ -115,19 +117,21 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         counts: TaskCounts,
         draining: Draining,
         endpoints: Callable[[], Iterable[EndpointReport]] = tuple,
+        memory: Callable[[], MemoryStatistics | None] = lambda: None,
     ) -> None:
         self._reloader = reloader
         self._engine = engine
         self._draining = draining
         self._counts = counts
         self._endpoints = endpoints
+        self._memory = memory
         self._started = dt.datetime.now(dt.UTC)
         self._started_seconds = time.monotonic()
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         """What is served, how the last reload went, and the engine's counters."""
         with self._reloader.lease() as generation:
-            attempt, canary = self._reloader.last_attempt, self._reloader.canary
+            attempt, canary, held = self._reloader.last_attempt, self._reloader.canary, self._memory()
             # In a thread: a Triton may have to be asked, and ten thousand tasks take their time.
             segments, tasks = await asyncio.to_thread(self._counters, generation, request.details)
             return admin_pb2.StatusResponse(
@@ -146,6 +150,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 kept_generations=await self._reloader.kept_numbers(),
                 canary=converters.from_canary(canary) if canary else None,
                 tasks=tasks,
+                memory=converters.from_memory(held) if held else None,
             )
 
     def _counters(

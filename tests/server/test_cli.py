@@ -25,7 +25,7 @@ from server.triton.process import TritonProcess
 from tests.support.images import encode
 from tests.support.ports import lasting_port
 from tests.support.repository import DIGITS, HEBREW, RepositoryBuilder, random_images
-from tests.support.serving import Brake, run_here, serving, wait_until
+from tests.support.serving import ENGINE, Brake, run_here, serving, wait_until
 from tests.support.triton import triton_settings
 
 READY = re.compile(
@@ -258,6 +258,7 @@ def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: Re
         admin = ("--admin", server.admin_address)
         out = run_here(capsys, "status", *admin)[1]
         assert "kept generations: 1 2 3\ncanary: generation 3, 20 %, 50 % of digits; 0 requests\n" in out
+        assert re.search(r"^memory: (\d+) of \1 segments, \d+\.\d MiB$", out, re.MULTILINE)
         assert watched(capsys, server.address) == "generation 2: +digits (0 unchanged)\n"
         out = watched(capsys, server.address, "--json")
         assert [json.loads(line)["generation"] for line in out.splitlines()] == [2]
@@ -278,6 +279,32 @@ def test_releases_from_the_shell(capsys: pytest.CaptureFixture[str], builder: Re
             assert (status, err) == (2, "munet-server: 1 call still in flight after 0.2 s; it takes no new ones\n")
             brake.go_on.set()
             assert asking.result(10).generation == 3
+
+
+def test_status_says_what_segments_take_of_a_limit(capsys: pytest.CaptureFixture[str], builder: RepositoryBuilder) -> None:
+    builder.publish()
+    limited = ENGINE.model_copy(update={"memory_limit_bytes": 450 * 2**10})
+    with (
+        serving(builder.root, engine=limited) as server,
+        Client(server.address) as client,
+        AdminClient(server.admin_address) as admin,
+    ):
+        before = admin.status().memory
+        assert before is not None
+        assert before.limit_bytes == 450 * 2**10
+        assert 0 < before.num_resident < before.num_segments
+        assert 0 < before.resident_bytes <= before.limit_bytes
+        for name in ("digits", "greek", "hebrew"):
+            client.classify(name, random_images(1, 8)[0])
+        after = admin.status().memory
+        assert after is not None
+        assert (after.loads > before.loads, after.evictions > before.evictions, after.failed_loads) == (True, True, 0)
+        line = re.search(r"^memory: .*$", run_here(capsys, "status", "--admin", server.admin_address)[1], re.MULTILINE)
+    assert line is not None
+    assert line[0] == (
+        f"memory: {after.num_resident} of {after.num_segments} segments, {after.resident_bytes / 2**20:.1f} MiB of 0.4 MiB; "
+        f"{after.loads} loaded for questions, {after.evictions} evicted for room"
+    )
 
 
 def test_top_shows_what_is_asked_and_computed(

@@ -227,6 +227,7 @@ def test_the_front_door_says_which_triton_is_wrong(
         assert (endpoint.state, endpoint.reason, endpoint.address) == ("serving", "", triton.addresses.grpc)
         assert endpoint.generations == (two.number,)
         assert admin.status().engine == f"triton {endpoint.version} at {endpoint.address}"
+        assert admin.status().memory is None
     # One that nobody else needs.
     with TritonProcess(environment(), builder.root, log=tmp_path / "log") as other:
         told = triton_settings(builder.root, other)
