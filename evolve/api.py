@@ -320,7 +320,7 @@ def default_trainer(training: TrainingSettings, tell: Tell = lambda _sentence: N
 
     Args:
         training: device, precision, threads, pack size, number of workers and where they run matter.
-        tell: told of workers on a Ray cluster: who works, who was lost or cannot work, and why.
+        tell: told of workers: who works on a Ray cluster, who was lost, seems to hang or cannot work, and why.
 
     Raises:
         SettingsError: the settings ask for a device that is not there, for a precision that it does not have, or for a Ray that is not
@@ -335,8 +335,9 @@ def default_trainer(training: TrainingSettings, tell: Tell = lambda _sentence: N
     from evolve.training.spread import make_trainer
     from evolve.training.workers import WorkersTrainer
 
-    make = make_trainer if training.workers == 1 else WorkersTrainer
-    return lambda system, data: make(system, data, training)
+    if training.workers == 1:
+        return lambda system, data: make_trainer(system, data, training)
+    return lambda system, data: WorkersTrainer(system, data, training, tell)
 
 
 def publish(

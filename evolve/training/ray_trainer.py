@@ -26,7 +26,16 @@ from evolve.store import System
 from evolve.training import ray_gate
 from evolve.training.device import resolve_device
 from evolve.training.ray_cluster import connect
-from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, make_trainer
+from evolve.training.spread import (
+    GIVE_UP_FACTOR,
+    GIVE_UP_SECONDS,
+    MOST_DEATHS,
+    UNKNOWN,
+    Order,
+    SpreadTrainer,
+    make_trainer,
+    size_of,
+)
 from munet.words import counted
 
 QUIET_SECONDS = 30.0
@@ -39,13 +48,7 @@ STRAGGLER_FACTOR = 3.0
 """An order is given to a second worker, if one is idle, once it took so many times the longest that any took before, ..."""
 
 STRAGGLER_SECONDS = 60.0
-"""... and at least so long."""
-
-GIVE_UP_FACTOR = 10.0
-"""Its worker is ended, and another one does it, once it took so many times the longest, twice that the next time, and so on, ..."""
-
-GIVE_UP_SECONDS = 600.0
-"""... and at least so long. The first order of all has nothing to be compared with."""
+"""... and at least so long. `spread.GIVE_UP_SECONDS` and its factor say when its worker is ended."""
 
 START_SECONDS = 1800.0
 """A worker that has its place prepares within this time: fetches the task's data, opens the system, waits for a store."""
@@ -68,11 +71,6 @@ class _Job:
     num_workers: int = 0
     is_overdue: bool = False
     done: bool = False
-
-    @property
-    def size(self) -> int:
-        """Children to train, or one path."""
-        return len(self.order.children) if isinstance(self.order, GenerationPlan) else 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,10 +106,9 @@ class RayTrainer(SpreadTrainer):
             SettingsError: Ray is not installed, or the settings ask for a precision that the device does not have.
             ClusterError: the cluster cannot be reached, or has no room for the task's data.
         """
-        super().__init__(data, settings)
+        super().__init__(data, settings, tell)
         self._system = system
         self._ray = connect(settings.address)
-        self._tell = tell
         device = _device(self._ray, settings)
         plain = settings.model_copy(update={"device": "cpu", "precision": "float32"})
         if device == "cpu":
@@ -141,7 +138,6 @@ class RayTrainer(SpreadTrainer):
         self._troubles: collections.Counter[str] = collections.Counter()
         self._avoiding: set[str] = set()
         self._failed_starts = 0
-        self._longest = 0.0
         self._told = ""
         self._waits = False
         weakref.finalize(self, _end, self._ray, self._workers)
@@ -337,7 +333,7 @@ class RayTrainer(SpreadTrainer):
         for worker in self._workers:
             job = worker.job
             if job is not None and not job.done:
-                bound = max(least or STRAGGLER_SECONDS, factor * 2**job.given_up * self._longest * job.size)
+                bound = max(least or STRAGGLER_SECONDS, factor * 2**job.given_up * self._longest * size_of(job.order))
                 if time.monotonic() - worker.since > bound:
                     found.append(worker)
         return found
@@ -361,9 +357,13 @@ class RayTrainer(SpreadTrainer):
         now = time.monotonic()
         for worker in [one for one in self._workers if one.node and not one.is_ready and now - one.since > START_SECONDS]:
             self._fail_to_start(worker, f"on {worker.host}, not ready after {START_SECONDS:.0f} s")
-        for worker in self._overdue(GIVE_UP_SECONDS, GIVE_UP_FACTOR) if self._longest else []:
+        for worker in self._overdue(GIVE_UP_SECONDS, GIVE_UP_FACTOR):
             job = worker.job
-            if job is not None:
+            if job is not None and not self._longest:
+                if not job.is_overdue:
+                    job.is_overdue = True
+                    self._tell(f"{self._described_overdue(worker)}; {UNKNOWN}")
+            elif job is not None:
                 self._tell(f"{self._described_overdue(worker)} and is ended; it runs again")
                 job.given_up += 1
                 job.is_overdue = False
@@ -409,7 +409,7 @@ class RayTrainer(SpreadTrainer):
             if died:
                 raise WorkersDiedError(MOST_DEATHS, f"at {what}", _short(error)) from error
             raise
-        self._longest = max(self._longest, (time.monotonic() - worker.since) / job.size)
+        self._note_duration(job.order, time.monotonic() - worker.since)
         # In a row: who can work again is not avoided.
         self._troubles.pop(worker.node or "", None)
         worker.job = worker.future = None

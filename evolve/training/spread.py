@@ -2,6 +2,7 @@
 
 Packs are formed as a single process forms them, whatever the number of workers, and the search does not depend on the order in which
 they come back: the lineage is the same for one worker and for many. A worker that dies costs what it was at, nothing else: that runs again.
+So it is with one that hangs, which shows by what others, or the same one, took for the like before.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from typing import Any
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
 from evolve.generation import Examples, GenerationPlan, PackResult, Trainer
+from evolve.observers import Tell
 from evolve.path import Path
 from evolve.store import System
 
 MOST_DEATHS = 3
 """So many workers in a row may die at the same work before it is an error."""
+
+GIVE_UP_FACTOR = 10.0
+"""A worker is ended, and what it was at runs again, once that took so many times the longest that any took before, twice that the next
+time, and so on, ..."""
+
+GIVE_UP_SECONDS = 600.0
+"""... and at least so long. The first order of all has nothing to be compared with: after so long it is only told."""
+
+UNKNOWN = "nothing has been done yet that would tell whether it hangs: end this search if it does, and run it again"
 
 Order = GenerationPlan | Path
 """What a worker does at a time: a pack to train, or a path to examine."""
@@ -27,15 +38,18 @@ Order = GenerationPlan | Path
 class SpreadTrainer(abc.ABC):
     """A Trainer (evolve.generation) whose work is done by workers, each with a trainer of its own."""
 
-    def __init__(self, data: TaskData, settings: TrainingSettings) -> None:
+    def __init__(self, data: TaskData, settings: TrainingSettings, tell: Tell) -> None:
         """Prepares to give out work.
 
         Args:
             data: of the task.
             settings: the pack size matters here, the rest to workers.
+            tell: told what becomes of workers.
         """
         self._task = data.name
         self._pack_size = settings.pack_size
+        self._tell = tell
+        self._longest = 0.0
 
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """See Trainer.train. Yields packs as they finish.
@@ -65,10 +79,19 @@ class SpreadTrainer(abc.ABC):
     def _answers(self, orders: Sequence[Order]) -> Iterator[Any]:
         """Has orders carried out and yields the answer to each once, as they come."""
 
+    def _note_duration(self, order: Order, seconds: float) -> None:
+        """Remembers how long the longest order took, for each child."""
+        self._longest = max(self._longest, seconds / size_of(order))
+
     def _described(self, orders: Sequence[Order]) -> str:
         """Says in words what workers were at."""
         children = sorted(child.index for order in orders if isinstance(order, GenerationPlan) for child in order.children)
         return f"children {children} of {self._task!r}" if children else f"the test of {self._task!r}"
+
+
+def size_of(order: Order) -> int:
+    """Returns how many children an order has, or 1 for a path."""
+    return len(order.children) if isinstance(order, GenerationPlan) else 1
 
 
 def carry_out(trainer: Trainer, order: Order) -> list[PackResult] | Examples:

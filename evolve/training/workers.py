@@ -1,6 +1,7 @@
 """A trainer that gives packs to worker processes of this machine, each with a trainer of its own and, if there are several, a GPU.
 
-A worker that dies, or meets an error of its GPU, takes the others with it: all start anew, and what was under way runs again. Workers
+A worker that dies, or meets an error of its GPU, takes the others with it: all start anew, and what was under way runs again. So it is
+when one hangs, which shows once the others have nothing left to do and it is not done for far longer than anything took before. Workers
 end with the process that started them, however that ends.
 """
 
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,19 @@ from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
 from evolve.errors import EvolveError, WorkersDiedError
 from evolve.generation import Trainer
+from evolve.observers import Tell
 from evolve.store import Location, System
-from evolve.training.spread import MOST_DEATHS, Order, SpreadTrainer, carry_out, make_trainer
+from evolve.training.spread import (
+    GIVE_UP_FACTOR,
+    GIVE_UP_SECONDS,
+    MOST_DEATHS,
+    UNKNOWN,
+    Order,
+    SpreadTrainer,
+    carry_out,
+    make_trainer,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -35,7 +48,7 @@ _trainer: Trainer | Exception | None = None
 class WorkersTrainer(SpreadTrainer):
     """A Trainer (evolve.generation) whose packs are trained by worker processes."""
 
-    def __init__(self, system: System, data: TaskData, settings: TrainingSettings) -> None:
+    def __init__(self, system: System, data: TaskData, settings: TrainingSettings, tell: Tell = lambda _sentence: None) -> None:
         """Prepares to train; workers start with the first pack.
 
         Args:
@@ -43,11 +56,12 @@ class WorkersTrainer(SpreadTrainer):
             data: of the task; each worker gets a copy, and shares what is mapped from a cache.
             settings: `workers` is how many, all else is as for a single process. On CUDA, the first worker has the first GPU, and so on,
                 beginning again after the last.
+            tell: told of workers that seem to hang.
 
         Raises:
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
         """
-        super().__init__(data, settings)
+        super().__init__(data, settings, tell)
         self._arguments = (system.location, data, settings)
         self._num_workers = settings.workers
         # What it depends on is what a trainer in this process would.
@@ -61,16 +75,24 @@ class WorkersTrainer(SpreadTrainer):
 
     def _answers(self, orders: Sequence[Order]) -> Iterator[Any]:
         waiting = list(orders)
-        deaths = 0
+        deaths = given_up = 0
         while waiting:
             pool = self._workers()
             futures = {pool.submit(_carry_out, order): order for order in waiting}
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    answer = future.result()
-                    waiting.remove(futures[future])
-                    deaths = 0
-                    yield answer
+                while futures:
+                    done = self._next_done(futures, given_up)
+                    if not done:
+                        given_up += 1
+                        self._dismiss()
+                        break
+                    for future in done:
+                        seconds, answer = future.result()
+                        order = futures.pop(future)
+                        waiting.remove(order)
+                        self._note_duration(order, seconds)
+                        deaths = 0
+                        yield answer
             except RuntimeError as error:
                 # Of a pool whose worker died; or of a GPU: after such an error its process can compute nothing any more.
                 deaths += 1
@@ -83,6 +105,33 @@ class WorkersTrainer(SpreadTrainer):
                 # Interrupted, or an error of a pack: what still runs is of no use.
                 self._dismiss()
                 raise
+
+    def _next_done(
+        self, futures: Mapping[concurrent.futures.Future[Any], Order], given_up: int
+    ) -> set[concurrent.futures.Future[Any]]:
+        """Waits until some of what workers were given is done, and returns it; nothing if they seem to hang.
+
+        Whatever a worker is at now it began at the last answer at the latest: so long as nobody answers, all have been at it.
+
+        Args:
+            futures: all that is not done yet.
+            given_up: how often it seemed so before.
+        """
+        if not self._longest:
+            done = concurrent.futures.wait(futures, GIVE_UP_SECONDS, concurrent.futures.FIRST_COMPLETED).done
+            if not done:
+                self._tell(f"no worker is done after {GIVE_UP_SECONDS:.0f} s; {UNKNOWN}")
+                done = concurrent.futures.wait(futures, None, concurrent.futures.FIRST_COMPLETED).done
+            return done
+        longest = self._longest * max(map(size_of, futures.values()))
+        bound = max(GIVE_UP_SECONDS, GIVE_UP_FACTOR * 2**given_up * longest)
+        done = concurrent.futures.wait(futures, bound, concurrent.futures.FIRST_COMPLETED).done
+        if not done:
+            what = self._described(list(futures.values()))
+            self._tell(
+                f"no worker is done with {what} after {bound:.0f} s, far longer than any before; all start anew, and it runs again"
+            )
+        return done
 
     def _workers(self) -> concurrent.futures.ProcessPoolExecutor:
         if self._pool is None:
@@ -146,9 +195,12 @@ def _choose_gpu(number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
 
 
-def _carry_out(order: Order) -> Any:
+def _carry_out(order: Order) -> tuple[float, Any]:
+    """Returns how many seconds an order took, and the answer to it."""
     if _trainer is None:
         raise RuntimeError("a worker that has not begun")
     if isinstance(_trainer, Exception):
         raise _trainer
-    return carry_out(_trainer, order)
+    began_seconds = time.monotonic()
+    answer = carry_out(_trainer, order)
+    return time.monotonic() - began_seconds, answer

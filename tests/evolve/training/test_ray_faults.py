@@ -15,6 +15,7 @@ from evolve.errors import ClusterError, MemoryShortageError, StoreError, SystemF
 from evolve.store import System
 from evolve.training import ray_gate, ray_trainer
 from evolve.training.ray_trainer import STRAGGLER_SECONDS, RayTrainer
+from evolve.training.spread import GIVE_UP_SECONDS, UNKNOWN
 from tests.evolve.training.test_workers import DATA, SETTINGS, make_system, plan_of
 from tests.support.fake_ray import HANGS, FakeActor, FakeRay, ManualClock
 
@@ -240,7 +241,7 @@ def test_a_lone_worker_that_hangs_is_stood_in_for_where_there_is_room(stage: Any
     assert sorted(played.children(3)) == [0, 1, 2]
     assert played.said("the worker on host-one has been at children [1]", "one more is asked for")
     assert [actor.is_alive for actor in played.ray.actors] == [False, True], "the one that hung is ended"
-    assert played.clock.now < ray_trainer.GIVE_UP_SECONDS
+    assert played.clock.now < GIVE_UP_SECONDS
 
 
 def test_a_lone_worker_that_hangs_where_there_is_no_room_is_ended_in_the_end(stage: Any) -> None:
@@ -248,12 +249,22 @@ def test_a_lone_worker_that_hangs_where_there_is_no_room_is_ended_in_the_end(sta
     played.ray.play = hangs_at(played, 0, 1)
     assert sorted(played.children(3)) == [0, 1, 2]
     assert played.said("the worker on host-one has been at children [1]", "and is ended; it runs again")
-    assert played.clock.now > ray_trainer.GIVE_UP_SECONDS
+    assert played.clock.now > GIVE_UP_SECONDS
+
+
+def test_of_a_lone_worker_that_may_hang_at_the_very_first_order_is_told(stage: Any) -> None:
+    played = stage("one", workers=1)
+    played.ray.play = lambda _, name, __: HANGS if name == "carry_out" and played.clock.now < 3 * GIVE_UP_SECONDS else None
+    with played.as_time_goes_by():
+        assert played.children(1) == [0]
+    (said,) = [line for line in played.told if "been at children [0]" in line]
+    assert said.endswith(UNKNOWN)
+    assert len(played.ray.actors) == 1
 
 
 def test_an_order_that_is_just_long_is_given_ever_more_time(stage: Any) -> None:
     played = stage("one", workers=1)
-    lasts = 5 * ray_trainer.GIVE_UP_SECONDS
+    lasts = 5 * GIVE_UP_SECONDS
     begun: dict[int, float] = {}
 
     def play(actor: FakeActor, name: str, arguments: Any) -> Any:

@@ -26,6 +26,7 @@ from evolve.search import SearchPlan
 from evolve.store import Location, System
 from evolve.training import workers
 from evolve.training.one_by_one import OneByOneTrainer
+from evolve.training.spread import UNKNOWN
 from evolve.training.workers import WorkersTrainer
 from tests.support.processes import TOP, environment, lives
 from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, PLAIN, TinyRoot, easy_data, generation
@@ -104,6 +105,33 @@ def test_workers_that_are_killed_cost_nothing_but_their_packs(system: System) ->
             assert trainer._pool is not None
             os.kill(next(iter(trainer._pool._processes)), signal.SIGKILL)
     assert sorted(found) == list(range(6))
+
+
+def test_workers_that_hang_are_ended_and_what_they_were_at_runs_again(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "GIVE_UP_SECONDS", 1.0)
+    monkeypatch.setattr(workers, "GIVE_UP_FACTOR", 2.0)
+    plan = dataclasses.replace(plan_of(), length=dataclasses.replace(plan_of().length, intervals=4, batches_per_interval=100))
+    told: list[str] = []
+    trainer = WorkersTrainer(system, DATA, SETTINGS, told.append)
+    found = []
+    for pack in trainer.train(plan):
+        found += [child.index for child in pack.children]
+        if len(found) == 1:
+            assert trainer._pool is not None
+            hung = list(trainer._pool._processes)
+            for process in hung:
+                os.kill(process, signal.SIGSTOP)
+    assert sorted(found) == list(range(6))
+    assert any("far longer than any before; all start anew" in line for line in told)
+    assert not any(map(lives, hung))
+
+
+def test_a_first_pack_that_takes_long_is_told_and_waited_for(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "GIVE_UP_SECONDS", 0.01)
+    told: list[str] = []
+    packs = WorkersTrainer(system, DATA, SETTINGS, told.append).train(plan_of(1))
+    assert [child.index for child in next(packs).children] == [0]
+    assert told == [f"no worker is done after 0 s; {UNKNOWN}"]
 
 
 def test_workers_that_always_die_are_an_error_that_names_the_children(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
