@@ -46,6 +46,7 @@
         │   ├── TaskNotFoundError   no such task is served
         │   └── CallDeniedError     the caller may not make it
         ├── CallTimeoutError        the call's deadline passed
+        ├── ClientClosedError       the client was closed before the call was answered
         ├── ServerBusyError         too much waits there; try again later
         ├── ServerUnreachableError  no server answers there, or it cannot answer now
         └── ServerFailedError       the server failed; its message carries an id that its log has too
