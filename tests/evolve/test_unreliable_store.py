@@ -9,10 +9,12 @@ import itertools
 import pathlib
 import shutil
 import subprocess
+import time
+import types
 
 import pytest
 
-from evolve import objects
+from evolve import objects, shared_journals
 from evolve.errors import DamagedError, StoreError, SystemFolderError
 from evolve.lineage import lineage_hash
 from evolve.store import System
@@ -36,6 +38,12 @@ def server():
 def here(tmp_path):
     with machine(tmp_path / "here") as folder:
         yield folder
+
+
+def wait_by(monkeypatch, function):
+    """Has this function in place of waiting, in what waits for a store alone: other threads of this process wait, too."""
+    for module in (objects, shared_journals):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=function))
 
 
 def test_another_system_at_the_same_url_is_not_mixed_with_the_earlier_one(tmp_path, here):
@@ -101,7 +109,7 @@ def test_a_store_that_refuses_a_clock_that_is_off_says_so_at_once(server, here, 
     with flaky_proxy(server) as (address, faults):
         use_s3(monkeypatch, address)
         faults.is_skewed = True
-        monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("no waiting mends a clock"))
+        wait_by(monkeypatch, lambda _: pytest.fail("no waiting mends a clock"))
         with pytest.raises(StoreError, match=r"(Forbidden|is too large).*the clock of this machine"):
             System.open(f"s3://{BUCKET}/skewed")
 
@@ -110,7 +118,7 @@ def test_through_a_proxy_that_loses_requests_and_answers_the_search_is_the_same(
     expected = lineage_hash(evolve_tasks(tmp_path / "folder", plan=SHORT_PLAN))
     with flaky_proxy(server) as (address, faults):
         use_s3(monkeypatch, address)
-        monkeypatch.setattr(objects.time, "sleep", lambda _: None)
+        wait_by(monkeypatch, lambda _: None)
         url = f"s3://{BUCKET}/{next(_count)}"
         faults.share = 0.1
         system = evolve_tasks(url, plan=SHORT_PLAN)
@@ -134,7 +142,7 @@ def test_a_folder_that_is_not_mounted_for_a_while(tmp_path, here, monkeypatch, c
         if len(waits) == 3:
             (tmp_path / "away").rename(store.parent)
 
-    monkeypatch.setattr(objects.time, "sleep", mounted_again)
+    wait_by(monkeypatch, mounted_again)
     store.parent.mkdir()
     system = evolve_tasks(store.as_uri(), "ab", plan=small_plan(rounds=1), trainer=InterruptedTrainer(2, unmounted))
     assert waits == [1.0, 2.0, 4.0]
@@ -159,7 +167,7 @@ def test_a_folder_that_is_not_mounted_when_it_is_looked_at_is_not_taken_for_an_e
             store.rmdir()
             (tmp_path / "away").rename(store)
 
-        monkeypatch.setattr(objects.time, "sleep", mounted_again)
+        wait_by(monkeypatch, mounted_again)
         for number, look in enumerate(looks, start=1):
             store.rename(tmp_path / "away")
             store.mkdir()
@@ -178,7 +186,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, 
         return scandir(folder)
 
     monkeypatch.setattr(objects.os, "scandir", stale)
-    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    wait_by(monkeypatch, waits.append)
     system.pull()
     assert list(system.tasks()) == ["a"]
     assert waits == [1.0]
@@ -200,7 +208,7 @@ def test_a_share_needs_no_locks(tmp_path, here, monkeypatch):
 
 
 def test_a_journal_that_was_taken_out_of_the_store_is_put_there_again(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(objects.time, "sleep", lambda _: pytest.fail("nobody has it"))
+    wait_by(monkeypatch, lambda _: pytest.fail("nobody has it"))
     store = tmp_path / "store"
     with pytest.raises(Killed):
         evolve_tasks(store.as_uri(), "a", trainer=MortalTrainer(5))
@@ -215,7 +223,7 @@ def test_what_is_listed_and_is_not_there_is_not_looked_for_for_ever(tmp_path, he
     with pytest.raises(Killed):
         evolve_tasks((tmp_path / "store").as_uri(), "a", trainer=MortalTrainer(5))
     waits = []
-    monkeypatch.setattr(objects.time, "sleep", waits.append)
+    wait_by(monkeypatch, waits.append)
     with machine(tmp_path / "there"):
         system = System.open((tmp_path / "store").as_uri())
         names = system._objects.names
