@@ -110,7 +110,8 @@ class Limits(_Settings):
         max_message_bytes: greatest request or answer.
         max_requests_in_flight: requests that are worked on or wait; more are refused. One task has eight ninths of it at most.
         max_bytes_in_flight: sum of their messages' sizes; more are refused. One task has eight ninths of it at most.
-        max_streams: streams of questions that are open; more are refused.
+        max_streams: streams that are open; more are refused, unless one of them is idle.
+        idle_stream_seconds: a stream that sent no message and took no answer for so long ends as soon as another one wants its place.
         max_stream_messages: messages of one stream that are worked on or whose answers wait to be taken; more are not read.
     """
 
@@ -122,6 +123,7 @@ class Limits(_Settings):
     max_requests_in_flight: pydantic.PositiveInt = 2048
     max_bytes_in_flight: pydantic.PositiveInt = 512 * MIB
     max_streams: pydantic.PositiveInt = 256
+    idle_stream_seconds: pydantic.PositiveFloat = 60.0
     max_stream_messages: pydantic.PositiveInt = 32
 
     @property

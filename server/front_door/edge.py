@@ -8,7 +8,7 @@ import functools
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeAlias
 
 import grpc
@@ -90,12 +90,31 @@ StreamFailure = Callable[[Any, Failure], Any]
 """Makes the answer to a message that failed, from the message (none if it did not parse) and what is told of it."""
 
 
+@dataclasses.dataclass(eq=False)
+class _OpenStream:
+    """A stream that has a place.
+
+    Attributes:
+        work: what goes on for it.
+        moved_seconds: when it last sent a message or was given an answer.
+        lost_place: whether it had to make room for another one.
+    """
+
+    work: asyncio.Task[None] | None = None
+    moved_seconds: float = dataclasses.field(default_factory=time.monotonic)
+    lost_place: bool = False
+
+    def move(self) -> None:
+        """Notes that it is in use."""
+        self.moved_seconds = time.monotonic()
+
+
 class Edge(grpc.aio.ServerInterceptor):
     """Wraps every call of this server's own services; health and reflection pass untouched.
 
     A stream of answers is open until either side ends it. The method of a stream in both directions answers one message, like any other
     method. Here the stream is made of it: each message passes the limits and is counted as a call would be, messages are answered side by
-    side, and answers go out in the order of the messages.
+    side, and answers go out in the order of the messages. When as many are open as may be, one that is idle makes room for another.
 
     Args:
         limits: how much may be in flight.
@@ -109,7 +128,7 @@ class Edge(grpc.aio.ServerInterceptor):
         self._stream_failures = stream_failures
         self._requests = SharedRoom(limits.max_requests_in_flight)
         self._bytes = SharedRoom(limits.max_bytes_in_flight)
-        self._num_streams = 0
+        self._streams: set[_OpenStream] = set()
         # Of each open stream what goes on for as long as its caller wants: reading messages, or sending answers.
         self._endless: set[asyncio.Task[Any]] = set()
         self._refusal = ""
@@ -121,7 +140,7 @@ class Edge(grpc.aio.ServerInterceptor):
     @property
     def num_in_flight(self) -> int:
         """Questions and streams that are open."""
-        return self._requests.total + self._num_streams
+        return self._requests.total + len(self._streams)
 
     def shut_down(self) -> None:
         """Refuses new calls in words from now on, for good. Open streams answer what they have read, and end."""
@@ -179,16 +198,17 @@ class Edge(grpc.aio.ServerInterceptor):
     async def _answers(self, method: str, behaviour: AnswersBehaviour, request: Any, context: Context) -> None:
         """Sends the answers of a stream, each when the one before is on its way. It is entered as one call when it ends."""
 
-        async def send() -> None:
+        async def send(stream: _OpenStream) -> None:
             if isinstance(request, _Malformed):
                 raise MalformedRequestError(request.expected, request.source)
             async for answer in behaviour(request, context):
+                stream.move()
                 await context.write(answer)
 
-        async def send_until_refused(call: CallContext) -> None:
+        async def send_until_refused(call: CallContext, stream: _OpenStream) -> None:
             opened = self._book.open(method, context.invocation_metadata() or (), call.request_id)
             status, reason = grpc.StatusCode.CANCELLED, reason_of(asyncio.CancelledError())
-            sending = self._noted(asyncio.ensure_future(send()))
+            sending = self._noted(asyncio.ensure_future(send(stream)))
             try:
                 await asyncio.wait([sending])
                 if sending.cancelled():
@@ -207,13 +227,15 @@ class Edge(grpc.aio.ServerInterceptor):
     async def _stream(self, method: str, behaviour: Behaviour, _: Any, context: Context) -> None:
         """Makes a stream of a method that answers one message."""
 
-        async def answer_messages(call: CallContext) -> None:
-            if not await self._answer_messages(call, behaviour, context):
+        async def answer_messages(call: CallContext, stream: _OpenStream) -> None:
+            if not await self._answer_messages(call, stream, behaviour, context):
                 raise self._refused()
 
         await self._keep_open(method, answer_messages, context)
 
-    async def _keep_open(self, method: str, work: Callable[[CallContext], Awaitable[None]], context: Context) -> None:
+    async def _keep_open(
+        self, method: str, work: Callable[[CallContext, _OpenStream], Coroutine[Any, Any, None]], context: Context
+    ) -> None:
         """Does the work of a stream, unless too many are open or none is taken, and ends the stream."""
         metadata = context.invocation_metadata() or ()
         call = CallContext(request_id_of(metadata), method)
@@ -222,24 +244,43 @@ class Edge(grpc.aio.ServerInterceptor):
         error: Exception | None = None
         if self._refusal:
             error = self._refused()
-        elif self._num_streams >= self._limits.max_streams:
-            error = OverloadedError("open streams", self._num_streams, self._limits.max_streams)
+        elif not self._has_place():
+            error = OverloadedError("open streams", len(self._streams), self._limits.max_streams)
         if error is not None:
             self._book.close(self._book.open(method, metadata, call.request_id), status_of(error), reason_of(error))
         else:
-            self._num_streams += 1
+            stream = _OpenStream()
+            self._streams.add(stream)
+            stream.work = asyncio.create_task(work(call, stream))
             try:
-                await work(call)
+                await stream.work
+            except asyncio.CancelledError:
+                if not stream.lost_place:
+                    # The caller has left.
+                    raise
+                error = UnavailableError(f"full, and this stream idle for {self._limits.idle_stream_seconds:g} s or more")
             except Exception as caught:
                 # The edge of the process, as in `_try`.
                 error = caught
             finally:
-                self._num_streams -= 1
+                self._streams.discard(stream)
                 self._tell_if_empty()
         if error is not None:
             failure = Failure.of(call, error)
             trailing_metadata = (*failure.trailing_metadata, (REQUEST_ID_KEY, call.request_id))
             await context.abort(failure.status, failure.words, trailing_metadata)
+
+    def _has_place(self) -> bool:
+        """Whether one more stream may be open; makes room for it if one is idle."""
+        if len(self._streams) < self._limits.max_streams:
+            return True
+        idlest = min(self._streams, key=lambda stream: stream.moved_seconds)
+        if idlest.work is None or time.monotonic() - idlest.moved_seconds < self._limits.idle_stream_seconds:
+            return False
+        self._streams.remove(idlest)
+        idlest.lost_place = True
+        idlest.work.cancel()
+        return True
 
     def _refused(self) -> UnavailableError:
         # Whoever takes questions again must not wait for the streams that end.
@@ -254,7 +295,7 @@ class Edge(grpc.aio.ServerInterceptor):
         if not self.num_in_flight:
             self._emptied.set()
 
-    async def _answer_messages(self, stream: CallContext, behaviour: Behaviour, context: Context) -> bool:
+    async def _answer_messages(self, call: CallContext, stream: _OpenStream, behaviour: Behaviour, context: Context) -> bool:
         """Answers a stream's messages until it ends or this server does, and returns whether it was the stream."""
         answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._limits.max_stream_messages)
@@ -264,9 +305,10 @@ class Edge(grpc.aio.ServerInterceptor):
                 while not self._refusal:
                     await room.acquire()
                     request = await context.read()
+                    stream.move()
                     if request is grpc.aio.EOF:
                         return True
-                    answers.put_nowait(group.create_task(self._answer_message(stream, behaviour, request, context)))
+                    answers.put_nowait(group.create_task(self._answer_message(call, behaviour, request, context)))
                 return False
             finally:
                 answers.put_nowait(None)
@@ -274,15 +316,17 @@ class Edge(grpc.aio.ServerInterceptor):
         async with asyncio.TaskGroup() as group:
             reader = self._noted(group.create_task(read()))
             while (answer := await answers.get()) is not None:
-                await context.write(await answer)
+                result = await answer
+                stream.move()
+                await context.write(result)
                 room.release()
         return not reader.cancelled() and reader.result()
 
-    async def _answer_message(self, stream: CallContext, behaviour: Behaviour, request: Any, context: Context) -> Any:
-        opened = self._book.open(stream.method, context.invocation_metadata() or (), stream.request_id)
+    async def _answer_message(self, call: CallContext, behaviour: Behaviour, request: Any, context: Context) -> Any:
+        opened = self._book.open(call.method, context.invocation_metadata() or (), call.request_id)
         answer = await self._try(opened, behaviour, request, context)
         if isinstance(answer, Failure):
-            return self._stream_failures[stream.method](None if isinstance(request, _Malformed) else request, answer)
+            return self._stream_failures[call.method](None if isinstance(request, _Malformed) else request, answer)
         return answer
 
     async def _try(self, opened: OpenCall, behaviour: Behaviour, request: Any, context: Context) -> Any:

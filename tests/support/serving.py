@@ -158,5 +158,5 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60) -> No
 def is_empty(server: ServerThread) -> bool:
     """Tells whether nothing is in flight: no stream, no request, not a byte of one, no question of the engine's."""
     edge = server.server.front_door._edge
-    in_flight = (edge._num_streams, edge._requests.total, edge._bytes.total, len(server.server.engine._questions))
+    in_flight = (len(edge._streams), edge._requests.total, edge._bytes.total, len(server.server.engine._questions))
     return in_flight == (0, 0, 0, 0)

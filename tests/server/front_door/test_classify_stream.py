@@ -236,6 +236,78 @@ def test_only_so_many_messages_and_streams_are_open(builder: RepositoryBuilder, 
         assert [answer.WhichOneof("outcome") for answer in answers[:6]] == ["classify"] * 4 + ["failure"] * 2
 
 
+def let_pass(server: ServerThread, seconds: float) -> None:
+    """Has all streams that are open seem to have done nothing for so long."""
+    for stream in list(server.server.front_door._edge._streams):
+        stream.moved_seconds -= seconds
+
+
+def test_an_idle_stream_makes_room_for_one_that_wants_its_place(builder: RepositoryBuilder) -> None:
+    with (
+        serving(builder.root, limits=Limits(max_streams=2, idle_stream_seconds=60)) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        idle = Stream(channel)
+        idle.send(question("first"))
+        assert next(idle.answers).id == "first"
+        let_pass(server, 100)
+        busy = Stream(channel)
+        busy.send(question("first"))
+        assert next(busy.answers).id == "first"
+        third = Stream(channel)
+        third.send(question("first"))
+        assert next(third.answers).id == "first"
+        with pytest.raises(grpc.RpcError) as caught:
+            next(idle.answers)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "found it full, and this stream idle for 60 s or more" in caught.value.details()
+        # Who was not idle stays, and so does who was, once a message comes.
+        let_pass(server, 100)
+        busy.send(question("second"))
+        assert next(busy.answers).id == "second"
+        fourth = Stream(channel)
+        fourth.send(question("first"))
+        assert next(fourth.answers).id == "first"
+        with pytest.raises(grpc.RpcError):
+            next(third.answers)
+        fifth = Stream(channel)
+        fifth.send(question("first"))
+        with pytest.raises(grpc.RpcError) as caught:
+            next(fifth.answers)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for stream in (busy, fourth):
+            stream.end()
+            assert list(stream.answers) == []
+        wait_until(lambda: server.server.front_door._edge.num_in_flight == 0)
+
+
+def test_a_stream_whose_answers_nobody_takes_makes_room(builder: RepositoryBuilder) -> None:
+    with (
+        serving(builder.root, limits=Limits(max_streams=1), metrics_listen="127.0.0.1:0") as server,
+        grpc.insecure_channel(server.address) as channel,
+        grpc.insecure_channel(server.address, (("grpc.use_local_subchannel_pool", 1),)) as another,
+    ):
+        deaf = Stream(channel)
+        # Their ids come back in the answers, which fill what a connection holds.
+        deaf.send(*[question("x" * 20_000) for _ in range(20)])
+        wait_until(lambda: counted(server, "OK") == 20)
+
+        def is_let_in() -> bool:
+            let_pass(server, 100)
+            patient = Stream(another)
+            patient.send(question("heard"))
+            patient.end()
+            try:
+                return [answer.id for answer in patient.answers] == ["heard"]
+            except grpc.RpcError:
+                # The last answers were only just on their way.
+                return False
+
+        wait_until(is_let_in)
+        deaf.answers.cancel()
+        wait_until(lambda: server.server.front_door._edge.num_in_flight == 0)
+
+
 @pytest.mark.parametrize("client_class", [Client, AsyncClient])
 def test_no_more_is_taken_than_there_is_room_for(server: ServerThread, client_class: Any) -> None:
     taken = itertools.count()
@@ -256,7 +328,7 @@ def test_no_more_is_taken_than_there_is_room_for(server: ServerThread, client_cl
     assert ids == ["0", "1", "2", "3", "4"]
     # Five answered, three open, and one more taken to wait for room.
     assert next(taken) <= 5 + 3 + 1
-    wait_until(lambda: server.server.front_door._edge._num_streams == 0)
+    wait_until(lambda: server.server.front_door._edge.num_in_flight == 0)
 
 
 @pytest.mark.parametrize("ask", [ask_blocking, ask_awaited])

@@ -101,7 +101,7 @@ def test_a_cancelled_stream_costs_nothing_more(quiet: ServerThread, caplog: pyte
             stream.end()
         wait_until(lambda: len(engine._questions) == 0)
         edge = quiet.server.front_door._edge
-        wait_until(lambda: (edge._num_streams, edge._requests.total, edge._bytes.total, len(edge._endless)) == (0, 0, 0, 0))
+        wait_until(lambda: (len(edge._streams), edge._requests.total, edge._bytes.total, len(edge._endless)) == (0, 0, 0, 0))
         brake.go_on.set()
         assert infer(channel, good())[0] is grpc.StatusCode.OK
         # What had not begun never ran.

@@ -162,6 +162,18 @@ def test_watches_are_bounded_and_take_no_room_from_questions(builder: Repository
         wait_until(is_let_in)
 
 
+def test_an_idle_watch_makes_room_and_is_told(builder: RepositoryBuilder) -> None:
+    with serving(builder.root, limits=Limits(max_streams=1)) as server, Client(server.address) as client:
+        first, second = client.watch_tasks(), client.watch_tasks()
+        next(first)
+        (watch,) = server.server.front_door._edge._streams
+        watch.moved_seconds -= 100
+        assert next(second).added
+        with pytest.raises(ServerUnreachableError, match="found it full, and this stream idle for 60 s or more"):
+            next(first)
+        second.close()
+
+
 def test_a_watch_that_cannot_be_parsed_is_refused(builder: RepositoryBuilder) -> None:
     with serving(builder.root) as server, grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
