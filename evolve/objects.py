@@ -319,7 +319,7 @@ def _is_same(read: Callable[[], bytes], data: bytes) -> bool:
 
 def _patiently(url: str, action: Callable[[], T], is_hopeless: Callable[[Exception], bool], **missing: T) -> T:
     """Acts, again and again while the store does not answer; `missing` is returned if there is no such object."""
-    patience = _patience()
+    patience = patience_seconds()
     ends = time.monotonic() + patience
     pause = 0.5
     while True:
@@ -353,7 +353,8 @@ def _reason(error: Exception) -> str:
     return f"{number}{text}" if text else type(error).__name__
 
 
-def _patience() -> float:
+def patience_seconds() -> float:
+    """Returns how long a store that does not answer is asked again and again."""
     text = os.environ.get(PATIENCE_VARIABLE, "600")
     try:
         return max(0.0, float(text))

@@ -258,7 +258,7 @@ class _MemoryCollector(Collector):
     )
     _COUNTERS: Sequence[tuple[str, str, Callable[[MemoryStatistics], int]]] = (
         ("munet_segment_loads", "Segments loaded because a question needed them.", lambda held: held.num_loads),
-        ("munet_segment_load_failures", "Such loads that failed.", lambda held: held.num_failures),
+        ("munet_segment_load_failures", "Loads that failed, beside those.", lambda held: held.num_failures),
         ("munet_segment_evictions", "Segments that went to make room.", lambda held: held.num_evictions),
     )
 

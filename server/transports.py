@@ -296,6 +296,8 @@ def to_call_error(server: str, method: str, code: int, words: str, retry_after_s
 @contextlib.contextmanager
 def _our_errors(server: str, method: str, closed: threading.Event | asyncio.Event) -> Iterator[None]:
     """Raises as errors of ours what gRPC raises of a call."""
+    asker = asyncio.current_task() if isinstance(closed, asyncio.Event) else None
+    num_cancelled = asker.cancelling() if asker is not None else 0
     try:
         yield
     except grpc.RpcError as error:
@@ -310,7 +312,7 @@ def _our_errors(server: str, method: str, closed: threading.Event | asyncio.Even
     except asyncio.CancelledError as error:
         # A channel of asyncio that is closed cancels what waits for its calls, which nobody has cancelled.
         task = asyncio.current_task()
-        if not closed.is_set() or task is None or task.cancelling():
+        if not closed.is_set() or task is None or task.cancelling() > (num_cancelled if task is asker else 0):
             raise
         raise ClientClosedError(server, method.rpartition("/")[2]) from error
 

@@ -12,7 +12,7 @@ import concurrent.futures
 import dataclasses
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evolve.config import TrainingSettings
@@ -27,9 +27,8 @@ from evolve.training import ray_gate
 from evolve.training.device import resolve_device
 from evolve.training.ray_cluster import connect
 from evolve.training.spread import (
-    GIVE_UP_FACTOR,
-    GIVE_UP_SECONDS,
     MOST_DEATHS,
+    START_SECONDS,
     UNKNOWN,
     Order,
     SpreadTrainer,
@@ -50,9 +49,6 @@ STRAGGLER_FACTOR = 3.0
 STRAGGLER_SECONDS = 60.0
 """... and at least so long. `spread.GIVE_UP_SECONDS` and its factor say when its worker is ended."""
 
-START_SECONDS = 1800.0
-"""A worker that has its place prepares within this time: fetches the task's data, opens the system, waits for a store."""
-
 TICK_SECONDS = 1.0
 """How often a search that waits for answers looks around."""
 
@@ -70,6 +66,7 @@ class _Job:
     given_up: int = 0
     num_workers: int = 0
     is_overdue: bool = False
+    is_told: bool = False
     done: bool = False
 
 
@@ -106,7 +103,7 @@ class RayTrainer(SpreadTrainer):
             SettingsError: Ray is not installed, or the settings ask for a precision that the device does not have.
             ClusterError: the cluster cannot be reached, or has no room for the task's data.
         """
-        super().__init__(data, settings, tell)
+        super().__init__(system, data, settings, tell)
         self._system = system
         self._ray = connect(settings.address)
         device = _device(self._ray, settings)
@@ -321,26 +318,26 @@ class RayTrainer(SpreadTrainer):
 
     def _straggler(self, jobs: Sequence[_Job]) -> _Job | None:
         """Returns a job that takes so long that its worker may never end, and that nobody else is at."""
-        for worker in self._overdue():
+        for worker in self._overdue(self._straggler_seconds):
             if worker.job is not None and worker.job.num_workers == 1:
                 self._tell(f"{self._described_overdue(worker)}; another one does the same")
                 return worker.job
         return None
 
-    def _overdue(self, least: float = 0.0, factor: float = STRAGGLER_FACTOR) -> list[_Worker]:
-        """Returns the workers that are at a job for so many times the longest that any took before, and at least so long."""
-        found = []
-        for worker in self._workers:
-            job = worker.job
-            if job is not None and not job.done:
-                bound = max(least or STRAGGLER_SECONDS, factor * 2**job.given_up * self._longest * size_of(job.order))
-                if time.monotonic() - worker.since > bound:
-                    found.append(worker)
-        return found
+    def _overdue(self, bound: Callable[[_Job], float]) -> list[_Worker]:
+        """Returns the workers that are at a job for longer than a bound for it, in seconds."""
+        return [
+            worker
+            for worker in self._workers
+            if worker.job is not None and not worker.job.done and time.monotonic() - worker.since > bound(worker.job)
+        ]
+
+    def _straggler_seconds(self, job: _Job) -> float:
+        return max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * 2.0**job.given_up * self._longest * size_of(job.order))
 
     def _num_overdue(self) -> int:
         """Returns how many more workers are wanted: one for each that may never end, once there is something to tell that by."""
-        found = self._overdue() if self._longest else []
+        found = self._overdue(self._straggler_seconds) if self._longest else []
         for worker in found:
             if worker.job is not None and not worker.job.is_overdue:
                 worker.job.is_overdue = True
@@ -357,21 +354,21 @@ class RayTrainer(SpreadTrainer):
         now = time.monotonic()
         for worker in [one for one in self._workers if one.node and not one.is_ready and now - one.since > START_SECONDS]:
             self._fail_to_start(worker, f"on {worker.host}, not ready after {START_SECONDS:.0f} s")
-        for worker in self._overdue(GIVE_UP_SECONDS, GIVE_UP_FACTOR):
+        for worker in self._overdue(lambda job: self._most_seconds(size_of(job.order), job.given_up)):
             job = worker.job
             if job is not None and not self._longest:
-                if not job.is_overdue:
-                    job.is_overdue = True
+                if not job.is_told:
+                    job.is_told = True
                     self._tell(f"{self._described_overdue(worker)}; {UNKNOWN}")
             elif job is not None:
                 self._tell(f"{self._described_overdue(worker)} and is ended; it runs again")
                 job.given_up += 1
-                job.is_overdue = False
                 self._put_back(worker, job, waiting)
 
     def _put_back(self, worker: _Worker, job: _Job, waiting: collections.deque[_Job]) -> None:
         """Takes a worker away; what it was at waits for another one, unless another one is at it."""
         self._dismiss(worker)
+        job.is_overdue = job.is_told = False
         job.num_workers -= 1
         if job.num_workers == 0:
             waiting.appendleft(job)

@@ -15,6 +15,7 @@ from typing import Any
 from evolve.config import TrainingSettings
 from evolve.data.task import TaskData
 from evolve.generation import Examples, GenerationPlan, PackResult, Trainer
+from evolve.objects import is_url, patience_seconds
 from evolve.observers import Tell
 from evolve.path import Path
 from evolve.store import System
@@ -27,7 +28,11 @@ GIVE_UP_FACTOR = 10.0
 time, and so on, ..."""
 
 GIVE_UP_SECONDS = 600.0
-"""... and at least so long. The first order of all has nothing to be compared with: after so long it is only told."""
+"""... and at least so long, and by what a worker may wait for a store longer. The first order of all has nothing to be compared with: after
+so long it is only told."""
+
+START_SECONDS = 1800.0
+"""A worker prepares within this time: opens the system, waits for a store, gets the task's data."""
 
 UNKNOWN = "nothing has been done yet that would tell whether it hangs: end this search if it does, and run it again"
 
@@ -38,10 +43,11 @@ Order = GenerationPlan | Path
 class SpreadTrainer(abc.ABC):
     """A Trainer (evolve.generation) whose work is done by workers, each with a trainer of its own."""
 
-    def __init__(self, data: TaskData, settings: TrainingSettings, tell: Tell) -> None:
+    def __init__(self, system: System, data: TaskData, settings: TrainingSettings, tell: Tell) -> None:
         """Prepares to give out work.
 
         Args:
+            system: gives the layers; workers open it themselves.
             data: of the task.
             settings: the pack size matters here, the rest to workers.
             tell: told what becomes of workers.
@@ -50,6 +56,7 @@ class SpreadTrainer(abc.ABC):
         self._pack_size = settings.pack_size
         self._tell = tell
         self._longest = 0.0
+        self._store_seconds = patience_seconds() if is_url(system.location) else 0.0
 
     def train(self, plan: GenerationPlan) -> Iterator[PackResult]:
         """See Trainer.train. Yields packs as they finish.
@@ -78,6 +85,15 @@ class SpreadTrainer(abc.ABC):
     @abc.abstractmethod
     def _answers(self, orders: Sequence[Order]) -> Iterator[Any]:
         """Has orders carried out and yields the answer to each once, as they come."""
+
+    def _most_seconds(self, size: int, given_up: int) -> float:
+        """Returns how long a worker may be at an order before it is given up, once there is something to tell that by.
+
+        Args:
+            size: of the order.
+            given_up: how often it was before.
+        """
+        return max(GIVE_UP_SECONDS, GIVE_UP_FACTOR * 2.0**given_up * self._longest * size) + self._store_seconds
 
     def _note_duration(self, order: Order, seconds: float) -> None:
         """Remembers how long the longest order took, for each child."""

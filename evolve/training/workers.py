@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evolve.config import TrainingSettings
@@ -24,20 +25,13 @@ from evolve.errors import EvolveError, WorkersDiedError
 from evolve.generation import Trainer
 from evolve.observers import Tell
 from evolve.store import Location, System
-from evolve.training.spread import (
-    GIVE_UP_FACTOR,
-    GIVE_UP_SECONDS,
-    MOST_DEATHS,
-    UNKNOWN,
-    Order,
-    SpreadTrainer,
-    carry_out,
-    make_trainer,
-    size_of,
-)
+from evolve.training.spread import MOST_DEATHS, START_SECONDS, UNKNOWN, Order, SpreadTrainer, carry_out, make_trainer, size_of
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
+
+TICK_SECONDS = 1.0
+"""How often a search that waits for answers looks whether it was itself held up: what a stopped process did not see is no hanging."""
 
 _PRELOADED = ("evolve.training.together", "evolve.data.load")
 
@@ -61,7 +55,7 @@ class WorkersTrainer(SpreadTrainer):
         Raises:
             SettingsError: the settings ask for a device that is not there, or a precision that it does not have.
         """
-        super().__init__(data, settings, tell)
+        super().__init__(system, data, settings, tell)
         self._arguments = (system.location, data, settings)
         self._num_workers = settings.workers
         # What it depends on is what a trainer in this process would.
@@ -77,16 +71,19 @@ class WorkersTrainer(SpreadTrainer):
         waiting = list(orders)
         deaths = given_up = 0
         while waiting:
+            start_seconds = START_SECONDS if self._pool is None else 0.0
             pool = self._workers()
             futures = {pool.submit(_carry_out, order): order for order in waiting}
             try:
                 while futures:
-                    done = self._next_done(futures, given_up)
+                    done = self._next_done(futures, given_up, start_seconds)
+                    start_seconds = 0.0
                     if not done:
                         given_up += 1
                         self._dismiss()
                         break
-                    for future in done:
+                    # What was done before a worker died counts.
+                    for future in sorted(done, key=lambda one: one.exception() is not None):
                         seconds, answer = future.result()
                         order = futures.pop(future)
                         waiting.remove(order)
@@ -107,7 +104,7 @@ class WorkersTrainer(SpreadTrainer):
                 raise
 
     def _next_done(
-        self, futures: Mapping[concurrent.futures.Future[Any], Order], given_up: int
+        self, futures: Mapping[concurrent.futures.Future[Any], Order], given_up: int, start_seconds: float
     ) -> set[concurrent.futures.Future[Any]]:
         """Waits until some of what workers were given is done, and returns it; nothing if they seem to hang.
 
@@ -116,16 +113,17 @@ class WorkersTrainer(SpreadTrainer):
         Args:
             futures: all that is not done yet.
             given_up: how often it seemed so before.
+            start_seconds: that workers may take to begin.
         """
         if not self._longest:
-            done = concurrent.futures.wait(futures, GIVE_UP_SECONDS, concurrent.futures.FIRST_COMPLETED).done
+            bound = self._most_seconds(1, 0)
+            done = _wait(futures, bound)
             if not done:
-                self._tell(f"no worker is done after {GIVE_UP_SECONDS:.0f} s; {UNKNOWN}")
-                done = concurrent.futures.wait(futures, None, concurrent.futures.FIRST_COMPLETED).done
+                self._tell(f"no worker is done after {bound:.0f} s; {UNKNOWN}")
+                done = _wait(futures, math.inf)
             return done
-        longest = self._longest * max(map(size_of, futures.values()))
-        bound = max(GIVE_UP_SECONDS, GIVE_UP_FACTOR * 2**given_up * longest)
-        done = concurrent.futures.wait(futures, bound, concurrent.futures.FIRST_COMPLETED).done
+        bound = start_seconds + self._most_seconds(max(map(size_of, futures.values())), given_up)
+        done = _wait(futures, bound)
         if not done:
             what = self._described(list(futures.values()))
             self._tell(
@@ -148,6 +146,20 @@ class WorkersTrainer(SpreadTrainer):
         if self._pool is not None:
             _end(self._pool)
             self._pool = None
+
+
+def _wait(futures: Iterable[concurrent.futures.Future[Any]], seconds: float) -> set[concurrent.futures.Future[Any]]:
+    """Returns those that are done, once some are; none after so many seconds of waiting."""
+    waited_seconds = 0.0
+    while waited_seconds < seconds:
+        began_seconds = time.monotonic()
+        done = concurrent.futures.wait(
+            futures, min(TICK_SECONDS, seconds - waited_seconds), concurrent.futures.FIRST_COMPLETED
+        ).done
+        if done:
+            return done
+        waited_seconds += min(time.monotonic() - began_seconds, 2 * TICK_SECONDS)
+    return set()
 
 
 def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:

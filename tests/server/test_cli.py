@@ -18,7 +18,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.client import AdminClient, Client
+from server.client import AdminClient, Client, SegmentMemory
+from server.client_commands import _memory_line
 from server.config import ServerSettings
 from server.embedded.sessions import open_session, probe_model
 from server.triton.process import TritonProcess
@@ -305,6 +306,12 @@ def test_status_says_what_segments_take_of_a_limit(capsys: pytest.CaptureFixture
         f"memory: {after.num_resident} of {after.num_segments} segments, {after.resident_bytes / 2**20:.1f} MiB of 0.4 MiB; "
         f"{after.loads} loaded for questions, {after.evictions} evicted for room"
     )
+
+
+def test_loads_that_failed_are_told_beside_those_that_did_not() -> None:
+    memory = SegmentMemory(2 * 2**20, 2**20, num_segments=3, num_resident=1, loads=7, failed_loads=2, evictions=6)
+    words = "memory: 1 of 3 segments, 1.0 MiB of 2.0 MiB; 7 loaded for questions (2 more failed), 6 evicted for room"
+    assert _memory_line(memory) == words
 
 
 def test_top_shows_what_is_asked_and_computed(

@@ -36,7 +36,10 @@ def test_a_gpu_has_two_workers_however_many_cpus_there_are() -> None:
     ("content", "words"),
     [
         ('lissten = "x"', "lissten: found 'x', expected no such key; the keys here are admin_listen"),
-        ("[limits]\nmax_image = 1", "limits.max_image: found 1, expected no such key; the keys here are idle_stream_seconds, max_bytes_in_flight"),
+        (
+            "[limits]\nmax_image = 1",
+            "limits.max_image: found 1, expected no such key; the keys here are idle_stream_seconds, max_",
+        ),
         ("[limits]\nmax_images = 0", "limits.max_images: found 0, expected a whole number of at least 1"),
         ('[limits]\nmax_images = "3"', "limits.max_images: found '3', expected a whole number of at least 1"),
         ("[limits]\nmax_message_bytes = 1", "limits.max_message_bytes: found 1, expected a whole number from 4096 to 2147483647"),

@@ -1,7 +1,8 @@
 """A plugin of pytest that has threads meet in unusual orders: `python -m pytest -m "not gpu" -n 4 -p tests.support.unrest`.
 
-Locks, and what is made of them, pause now and then before they are taken and after they are released, and threads before they start. What
-holds only because one thread is mostly quicker than another fails sooner. Nothing else changes, so whatever passes must pass.
+Locks, and what is made of them, pause now and then before they are taken and after they are released, and threads before they start; an
+RLock, which Python makes elsewhere, does not. What holds only because one thread is mostly quicker than another fails sooner. Nothing else
+changes, so whatever passes must pass. Where the pauses are is something else each time.
 """
 
 from __future__ import annotations
@@ -30,11 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--unrest-share", type=float, default=0.05, help="of all times that a lock is taken or released, those with a pause"
     )
     group.addoption("--unrest-seconds", type=float, default=0.02, help="the longest pause")
-    group.addoption("--unrest-seed", type=int, default=None, help="of what is drawn; something else each time by default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _draws.seed(config.getoption("unrest_seed"))
     begin(pytest.MonkeyPatch(), config.getoption("unrest_share"), config.getoption("unrest_seconds"))
 
 

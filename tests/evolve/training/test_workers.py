@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import os
 import pathlib
 import signal
@@ -10,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -24,12 +29,14 @@ from evolve.lineage import lineage_hash
 from evolve.path import ordered_positions
 from evolve.search import SearchPlan
 from evolve.store import Location, System
-from evolve.training import workers
+from evolve.training import spread, workers
 from evolve.training.one_by_one import OneByOneTrainer
-from evolve.training.spread import UNKNOWN
+from evolve.training.spread import GIVE_UP_SECONDS, UNKNOWN
 from evolve.training.workers import WorkersTrainer
 from tests.support.processes import TOP, environment, lives
 from tests.support.training import IMAGE_SIZE, NUM_BLOCKS, PLAIN, TinyRoot, easy_data, generation
+
+_CARRY_OUT = workers._carry_out
 
 DATA = easy_data()
 SETTINGS = TrainingSettings(threads=1, device="cpu", batch_size=16, intervals=2, batches_per_interval=3, workers=2)
@@ -107,27 +114,78 @@ def test_workers_that_are_killed_cost_nothing_but_their_packs(system: System) ->
     assert sorted(found) == list(range(6))
 
 
-def test_workers_that_hang_are_ended_and_what_they_were_at_runs_again(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "GIVE_UP_SECONDS", 1.0)
-    monkeypatch.setattr(workers, "GIVE_UP_FACTOR", 2.0)
-    plan = dataclasses.replace(plan_of(), length=dataclasses.replace(plan_of().length, intervals=4, batches_per_interval=100))
+def test_workers_that_hang_are_ended_and_what_they_were_at_runs_again(
+    system: System, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "GIVE_UP_SECONDS", 1.0)
+    monkeypatch.setattr(spread, "GIVE_UP_FACTOR", 2.0)
+    monkeypatch.setattr(workers, "_carry_out", functools.partial(_hang_once, tmp_path / "hung"))
     told: list[str] = []
-    trainer = WorkersTrainer(system, DATA, SETTINGS, told.append)
-    found = []
-    for pack in trainer.train(plan):
-        found += [child.index for child in pack.children]
-        if len(found) == 1:
-            assert trainer._pool is not None
-            hung = list(trainer._pool._processes)
-            for process in hung:
-                os.kill(process, signal.SIGSTOP)
-    assert sorted(found) == list(range(6))
-    assert any("far longer than any before; all start anew" in line for line in told)
-    assert not any(map(lives, hung))
+    packs = WorkersTrainer(system, DATA, SETTINGS, told.append).train(plan_of(4))
+    assert sorted(child.index for pack in packs for child in pack.children) == [0, 1, 2, 3]
+    assert "no worker is done with children [1] of 'easy' after " in told[-1]
+    assert told[-1].endswith(" s, far longer than any before; all start anew, and it runs again")
+    assert not lives(int((tmp_path / "hung").read_text()))
+
+
+def _hang_once(marker: pathlib.Path, order: GenerationPlan) -> Any:
+    if order.children[0].index == 1 and not marker.exists():
+        marker.write_text(str(os.getpid()))
+        time.sleep(3600)
+    return _CARRY_OUT(order)
+
+
+def test_what_was_done_before_a_worker_died_is_not_done_again(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = WorkersTrainer(system, DATA, SETTINGS)
+    plan = plan_of(5)
+    waits = iter([1, 0])
+
+    def all_at_once(futures: Any, _: float) -> Any:
+        # As after a while in which nobody took answers: three are there, and the pool is broken for the other two.
+        if next(waits):
+            for number, (future, order) in enumerate(list(futures.items())):
+                future.set_result((1.0, [order.children[0].index])) if number < 3 else future.set_exception(BrokenProcessPool())
+        else:
+            for future, order in futures.items():
+                future.set_result((1.0, [order.children[0].index]))
+            assert len(futures) == 2
+        return set(futures)
+
+    class Pool:
+        _processes: Mapping[int, Any] = {}
+
+        def submit(self, *_: object) -> concurrent.futures.Future[Any]:
+            return concurrent.futures.Future()
+
+        def shutdown(self, **_: object) -> None:
+            pass
+
+    monkeypatch.setattr(workers, "_wait", all_at_once)
+    monkeypatch.setattr(trainer, "_workers", Pool)
+    assert sorted(trainer.train(plan), key=str) == [0, 1, 2, 3, 4]  # type: ignore[comparison-overlap]
+
+
+def test_a_search_that_was_itself_stopped_takes_nobody_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, 1000.0)
+    monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(workers, "TICK_SECONDS", 0.01)
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    threading.Timer(0.2, future.set_result, [None]).start()
+    # Each tick seems to take a thousand seconds, of which it counts two hundredths.
+    assert workers._wait([future], 3000.0) == {future}
+    assert workers._wait([concurrent.futures.Future()], 0.05) == set()
+
+
+def test_a_worker_may_wait_for_a_store(system: System, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUNET_STORE_PATIENCE", "1000")
+    monkeypatch.setenv("MUNET_CACHE", str(tmp_path / "cache"))
+    shared = make_system((tmp_path / "store").as_uri())
+    assert WorkersTrainer(system, DATA, SETTINGS)._most_seconds(1, 0) == GIVE_UP_SECONDS
+    assert WorkersTrainer(shared, DATA, SETTINGS)._most_seconds(1, 0) == GIVE_UP_SECONDS + 1000
 
 
 def test_a_first_pack_that_takes_long_is_told_and_waited_for(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "GIVE_UP_SECONDS", 0.01)
+    monkeypatch.setattr(spread, "GIVE_UP_SECONDS", 0.01)
     told: list[str] = []
     packs = WorkersTrainer(system, DATA, SETTINGS, told.append).train(plan_of(1))
     assert [child.index for child in next(packs).children] == [0]

@@ -96,7 +96,7 @@ def test_tasks_are_batched_together(builder: RepositoryBuilder, triton: TritonPr
         try:
             futures = [engine.answer(Question(generation, images, (SMALL[index % 2],))) for index in range(40)]
             # What ran on the stem is at the trunk, or as good as there.
-            wait_until(lambda: caller.counts()[stem][0] == before[stem][0] + 40)
+            wait_until(lambda: caller.counts()[stem][0] >= before[stem][0] + 40)
         finally:
             os.kill(held_up, signal.SIGCONT)
         for future in futures:
