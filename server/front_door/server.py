@@ -25,6 +25,9 @@ from server.front_door.tls import Certificates
 
 _log = logging.getLogger(__name__)
 
+MOST_PENDING_CALLS = 2900
+"""Calls that may have come without Python having taken them; beyond, gRPC refuses some at random, and from 3,000 on all."""
+
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 QUESTION_SERVICES = (INFERENCE_SERVICE, OPEN_INFERENCE_SERVICE)
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -116,6 +119,9 @@ class FrontDoor:
             ("grpc.absolute_max_metadata_size", bounds.max_metadata_bytes),
             ("grpc.max_allowed_incoming_connections", bounds.max_connections),
             ("grpc.max_concurrent_streams", bounds.max_calls),
+            # Both would refuse calls at random that are within all bounds: docs/decisions/0031.
+            ("grpc.http.overload_protection", 0),
+            ("grpc.server.max_pending_requests", MOST_PENDING_CALLS),
             ("grpc.server_handshake_timeout_ms", _milliseconds(bounds.handshake_seconds)),
             ("grpc.max_connection_idle_ms", _milliseconds(bounds.idle_seconds)),
             ("grpc.keepalive_time_ms", _milliseconds(bounds.keepalive_seconds)),

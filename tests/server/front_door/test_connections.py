@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pathlib
@@ -15,8 +16,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from server.client import Client
-from server.config import ConnectionSettings
+from server.client import AsyncClient, Client
+from server.config import ConnectionSettings, Limits
 from tests.support.http2 import GOAWAY, PING, PREFACE, SETTINGS, connect, frame
 from tests.support.repository import DIGITS, RepositoryBuilder, random_images
 from tests.support.serving import ServerThread, serving, wait_until
@@ -167,6 +168,21 @@ def test_calls_of_one_connection_beyond_the_bound_wait_at_the_client(server: Ser
             assert health_pb2_grpc.HealthStub(other).Check(health_pb2.HealthCheckRequest(), timeout=30)
         watches[0].cancel()
         assert stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+
+
+@pytest.mark.parametrize(("max_calls", "number"), [(32, 500), (2000, 1800)])
+def test_calls_that_all_come_at_once_are_all_answered(root: pathlib.Path, max_calls: int, number: int) -> None:
+    """Whether they wait at the client or at the server."""
+
+    async def ask(address: str) -> list[str]:
+        async with AsyncClient(address, retry=None) as client:
+            calls = (client.classify("digits", IMAGE, timeout_seconds=240) for _ in range(number))
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        return [str(answer) for answer in answers if isinstance(answer, BaseException)]
+
+    limits = Limits(max_requests_in_flight=4096)
+    with serving(root, connections=ConnectionSettings(max_calls=max_calls), limits=limits) as server:
+        assert asyncio.run(ask(server.address)) == []
 
 
 @pytest.mark.parametrize(
