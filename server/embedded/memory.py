@@ -35,7 +35,7 @@ class MemoryStatistics:
         num_segments: how many the engine answers with, in memory or not.
         num_resident: how many are in memory.
         num_loads: segments that were loaded because a question needed them.
-        num_failures: such loads that failed, beside those.
+        num_failures: loads that failed, beside those.
         num_evictions: segments that went to make room.
     """
 

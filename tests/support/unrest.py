@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from types import TracebackType
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def begin(patch: pytest.MonkeyPatch, share: float, longest_seconds: float) -> No
 class LockMaker:
     """Stands for threading.Lock: gives muNet's modules a lock that pauses, and all others one that does not."""
 
-    def __new__(cls) -> PausingLock | threading.Lock:  # type: ignore[misc]
+    def __new__(cls) -> Any:
         package = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
         return PausingLock() if package in PACKAGES else _make_lock()
 
@@ -60,6 +61,7 @@ class PausingLock:
     def __init__(self) -> None:
         self._lock = _make_lock()
         self.locked = self._lock.locked
+        # Python asks a thread's locks for it after a fork, and it has no public name that a type checker knows.
         self._at_fork_reinit = self._lock._at_fork_reinit  # type: ignore[attr-defined]
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
